@@ -50,11 +50,19 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """The contrasts between prompts that change a draw's logits."""
+    """The contrasts between prompts that change a draw's logits.
+
+    Its truth is False if there is none, because every scale is 0. The draw is then sampled as it
+    is, and its logprobs list what those of guided draws list.
+    """
 
     contrasts: tuple[Contrast, ...]
     # A token is masked if it is below min_p times the likeliest token in every context. 0: no mask.
     min_p: float
+
+    def __bool__(self) -> bool:
+        """Return True if a contrast changes the logits."""
+        return bool(self.contrasts)
 
 
 @dataclass(frozen=True, slots=True)

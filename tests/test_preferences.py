@@ -319,6 +319,16 @@ def test_compressed_files_are_read_whatever_their_name(tmp_path: Path) -> None:
         assert read.problems == ()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_every_system(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    wrong = '{"prompt": "a"}'
+    path.write_bytes(end.join([json.dumps(GOOD), wrong, json.dumps(GOOD), ""]).encode())
+    read = read_preferences(path)
+    assert len(read.pairs) == 2
+    assert [problem.partition(":")[0] for problem in read.problems] == ["line 2"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.gpu import attention_work, kernel_work, older_version
-from benchmarks.gpu.hardware import BANDWIDTH, BFLOAT16, GAP, MICRO, NOTHING, Range, Work
-from benchmarks.gpu.models import LARGE
+from benchmarks.gpu import attention_work, kernel_work, older_version, value_lm_work
+from benchmarks.gpu.hardware import BANDWIDTH, MICRO, NOTHING, Range, Work
 from benchmarks.gpu.older_version import TORCH_TOPK_US, added_us, plain_step_us, unexplained_us
+from benchmarks.gpu.value_lm_work import TORCH_CALL, TRITON_LAUNCH
 from benchmarks.record import record
 
 Row = dict[str, Any]
@@ -37,18 +37,11 @@ VALUE_COUNTS = (1, 2, 4)
 # The aims of steering in vLLM over plain decoding, for one value and for several.
 ONE_VALUE = {1: 0.99, 32: 0.98, 256: 0.97}
 SEVERAL_VALUES = 0.96
-# Microseconds of the host: a launch of a Triton kernel, a call of torch, and our own Python.
-TRITON_LAUNCH = Range(15.0, 40.0)
-TORCH_CALL = Range(2.0, 8.0)
+# Microseconds of the host for our own Python.
 OWN_PYTHON = Range(10.0, 30.0)
 # Calls of torch in a steering step, which a test counts: memory, cast, product, views of tensors.
 STEERING_CALLS = 7
 STEERING_LAUNCHES = 2
-# Calls of torch of one layer of the value LM, without views, as a test counts; and the calls that
-# keep the chosen sibling in a layer.
-LAYER_CALLS = 43
-KEEPING_CALLS = 7
-CALLS_AROUND_LAYERS = 40
 
 
 def verdict(value: Range, kind: str, limit: float) -> str:
@@ -260,39 +253,29 @@ def best_of() -> list[Row]:
     return [figure(what, "x plain", None, value, ("most", 1.05), "the host, as measured before")]
 
 
-def value_lm_us(rows: int) -> Range:
-    """Return the time that one step of a 1B value LM adds, for K siblings of each row.
-
-    The GPU reads the weights once, and multiplies them for each sibling. The host issues every
-    operation, because no CUDA graph holds this forward pass, and it waits for the step before. So
-    the two do not overlap with the step of the language model.
-    """
-    shape = LARGE.value_lm
-    head = shape.hidden_size // shape.num_attention_heads
-    attention_weights = 2 * shape.hidden_size * head
-    attention_weights *= shape.num_attention_heads + shape.num_key_value_heads
-    layer = attention_weights + 3 * shape.hidden_size * shape.intermediate_size
-    weights = layer * shape.num_hidden_layers
-    product = 2 * weights * rows * K / BFLOAT16 / MICRO
-    gpu = product + HALF * weights / BANDWIDTH / MICRO
-    calls = shape.num_hidden_layers * (LAYER_CALLS + KEEPING_CALLS) + CALLS_AROUND_LAYERS
-    launches = TRITON_LAUNCH.times(shape.num_hidden_layers)
-    host = TORCH_CALL.times(calls).low + launches.low
-    # A forward pass of this shape, and all else that the embedded engine does in a step.
-    measured = 1e6 / older_version.EMBEDDED_STEPS_PER_SECOND
-    slowest = max(measured + launches.high, gpu / 0.5)
-    return Range(max(host, gpu / 0.7 + GAP.low * calls), slowest)
-
-
 def lookahead() -> list[Row]:
     """Return steering by a value LM of the 1B class in vLLM at concurrency 32."""
     concurrency = 32
     plain = plain_step_us(concurrency)
-    added = value_lm_us(concurrency)
-    ratio = Range(plain / (plain + added.high), plain / (plain + added.low))
-    what = f"vLLM, a 1B value LM over plain at concurrency {concurrency}"
-    bound = "the host, which issues some 800 operations for the value LM"
-    return [figure(what, "x plain", None, ratio, ("least", 0.5), bound)]
+    what = f"over plain at concurrency {concurrency}"
+    rows = []
+    for name, added, aim, bound in (
+        (
+            "a 1B value LM",
+            value_lm_work.graph_step_us(concurrency),
+            ("least", 0.5),
+            "products, some 600 small kernels, and what the wait for tokens exposes",
+        ),
+        (
+            "a 1B value LM without a CUDA graph,",
+            value_lm_work.eager_step_us(concurrency),
+            None,
+            "the host, which issues some 800 operations for the value LM",
+        ),
+    ):
+        ratio = Range(plain / (plain + added.high), plain / (plain + added.low))
+        rows.append(figure(f"vLLM, {name} {what}", "x plain", None, ratio, aim, bound))
+    return rows
 
 
 def all_rows() -> list[Row]:

@@ -26,6 +26,7 @@ STEERING_TESTS = (
     "tests/decoding/test_kl_limit.py",
     "tests/decoding/test_siblings.py",
 )
+GRAPH_TESTS = "tests/values/test_graphs_on_gpu.py"
 ENGINE_TESTS = "tests/engines/transformers/test_steering.py"
 # Seconds of the time limit that a part measures. The rest is for imports and compilers.
 MEASURED_SECONDS = "35"
@@ -66,6 +67,7 @@ def all_parts() -> tuple[Part, ...]:
     parts = [
         _tests(TESTS, "tests/kernels/test_on_gpu.py"),
         _tests("tests of steering", *STEERING_TESTS),
+        _tests("tests of the graphs of a value LM", GRAPH_TESTS),
         _tests("tests of the embedded engine", ENGINE_TESTS),
     ]
     for kernel in KERNELS:

@@ -68,11 +68,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._value_buffer = values
         self._use(keys.shape[-2])
 
-    def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
-        """Keep `columns` columns and, of those after them, the one at offset chosen[row]."""
-        rows = torch.arange(len(chosen), device=chosen.device)
+    def keep_one(self, columns: int, rows: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Keep `columns` columns and, of those after them, one of each row.
+
+        Args:
+            columns: number of columns that stay.
+            rows: [B] 0, 1, ..., B - 1.
+            chosen: [B] the column of each row that follows them.
+        """
         for buffer in (self._key_buffer, self._value_buffer):
-            buffer[:, :, columns] = buffer[rows, :, columns + chosen]
+            buffer[:, :, columns] = buffer[rows, :, chosen]
         self._use(columns + 1)
 
     def drop_last(self) -> None:
@@ -157,8 +162,25 @@ class RowCache(Cache):  # type: ignore[misc]
 
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
         """Keep `columns` columns and, of those after them, the one at offset chosen[row]."""
+        rows = torch.arange(len(chosen), device=chosen.device)
+        chosen_columns = columns + chosen
         for layer in self.layers:
-            layer.keep_one(columns, chosen)
+            layer.keep_one(columns, rows, chosen_columns)
+
+    def append_chosen(self, columns: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Append one of several columns to each row.
+
+        Args:
+            columns: [layers, 2, B, heads, k, dim] keys and values of k columns per row.
+            chosen: [B] the offset of each row's column among them.
+        """
+        if not self.layers:
+            self.layers = [GrowingLayer() for _ in columns]
+        rows = torch.arange(len(chosen), device=chosen.device)
+        # [B, layers, 2, heads, dim] -> [layers, 2, B, heads, 1, dim]
+        new_columns = columns[:, :, rows, :, chosen].permute(1, 2, 0, 3, 4).unsqueeze(-2)
+        for layer, (keys, values) in zip(self.layers, new_columns, strict=True):
+            layer.update(keys, values)
 
     def drop_last(self) -> None:
         """Drop the newest column."""

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from infer_align.errors import InvalidRequest
 
 # Tokens of the prompt that are decoded together with the text, at most.
@@ -75,13 +77,12 @@ def _readings(tokenizer: Any, text: str, before: str) -> Iterator[list[int]]:
     """Yield the tokens of a text alone, after the end of its prompt, and after a line break."""
     yield _ids(tokenizer, text)
     for beginning in (before, LINE_BREAK):
-        encoded = _encode(tokenizer, beginning + text, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
+        ids, offsets = _encode(tokenizer, beginning + text)
         border = len(beginning)
         first = sum(1 for _, end in offsets if end <= border)
         # A token that spans the border belongs to neither side.
         if all(start >= border for start, _ in offsets[first:]):
-            yield encoded["input_ids"][first:]
+            yield ids[first:]
 
 
 @lru_cache(64)
@@ -107,13 +108,39 @@ def turn_space(tokenizer: Any, template: str) -> str:
     return " " if finished.startswith(f"{begun} {TURN}") else ""
 
 
-def _encode(tokenizer: Any, text: str, **options: bool) -> Any:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, **options)
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the tokens of ordinary text, and the place of each as (start, end)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = encoded["input_ids"]
+    if _control_ids(tokenizer).isdisjoint(ids):
+        return ids, encoded["offset_mapping"]
+    reading = _text_reader(tokenizer).encode(text, add_special_tokens=False)
+    return reading.ids, reading.offsets
+
+
+@lru_cache(64)
+def _control_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of the tokens that may not be read from a text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(token for token, entry in added if entry.special)
+
+
+@lru_cache(8)
+def _text_reader(tokenizer: Any) -> Tokenizer:
+    """Return a copy of a tokenizer that reads control tokens as ordinary text.
+
+    The tokenizer has a switch for it, but other threads use it, and they would read their prompts
+    without control tokens meanwhile.
+    """
+    reader = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    reader.no_truncation()
+    reader.no_padding()
+    reader.encode_special_tokens = True
+    return reader
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = _encode(tokenizer, text)["input_ids"]
-    return ids
+    return _encode(tokenizer, text)[0]
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -40,8 +40,9 @@ class ValueCache:
             steers all rows, so there it is the index in the batch.
         lengths: tokens of each row, all of them in the cache. `choose` adds the sampled token.
         cache: keys and values, right-aligned.
-        candidates: [R, k] the candidates whose columns are in the cache, between `siblings` and
-            `choose`.
+        candidates: [R, k] the candidates, between `siblings` and `choose`.
+        columns: [layers, 2, R, heads, k, dim] the candidates' keys and values in this time; None if
+            they are the last columns of the cache.
     """
 
     lm: ValueLM
@@ -49,6 +50,7 @@ class ValueCache:
     lengths: list[int]
     cache: RowCache
     candidates: torch.Tensor = field(default_factory=lambda: torch.empty((0, 0)))
+    columns: torch.Tensor | None = None
 
     def take(self, positions: Sequence[int]) -> ValueCache:
         """Return the rows at these positions of the batch, renumbered in the given order."""
@@ -86,11 +88,11 @@ class ValueCache:
     def siblings(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Value each candidate of each row by the H values of the LM: [R, k] ids -> [R, k, H].
 
-        The candidates' columns stay in the cache until `choose`.
+        The candidates' columns are kept until `choose`, which has to follow before the next call.
         """
         self.candidates = token_ids
-        lengths = torch.tensor(self.lengths, device=token_ids.device)
-        return self.lm.siblings(token_ids, self.cache, lengths)
+        values, self.columns = self.lm.siblings(token_ids, self.cache, self.lengths)
+        return values
 
     def choose(self, chosen: torch.Tensor) -> None:
         """Keep the column of each row's sampled token and drop its siblings.
@@ -98,10 +100,15 @@ class ValueCache:
         Args:
             chosen: [R] sampled tokens. A token outside the candidates is read now.
         """
-        earlier_columns = self.cache.length - self.candidates.shape[1]
         is_chosen = self.candidates == chosen[:, None]
         # The offset of the chosen candidate among its siblings; 0 where none of them was chosen.
-        self.cache.keep_one(earlier_columns, is_chosen.int().argmax(dim=-1))
+        offsets = is_chosen.int().argmax(dim=-1)
+        if self.columns is None:
+            self.cache.keep_one(self.cache.length - self.candidates.shape[1], offsets)
+        else:
+            self.cache.append_chosen(self.columns, offsets)
+            self.columns = None
+        earlier_columns = self.cache.length - 1
         unread = torch.nonzero(~is_chosen.any(dim=-1)).ravel().tolist()
         if unread:
             self._read(unread, earlier_columns, chosen)

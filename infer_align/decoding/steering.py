@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from infer_align.decoding.dense_steering import add_dense
+from infer_align.decoding.device import upload
 from infer_align.decoding.siblings import ValueCache
 from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.methods.vas import reweight
@@ -164,13 +165,16 @@ def _evaluate(
     # Each value LM reads its candidates once, for all values that it computes.
     count = batch.sibling_count
     siblings: dict[ValueLM, torch.Tensor] = {}
+    members: dict[ValueLM, torch.Tensor] = {}
     for value_lm, cache in caches.items():
-        siblings[value_lm] = cache.siblings(candidates[cache.members, :count])
+        members[value_lm] = upload(np.array(cache.members), candidates.device)
+        read = candidates[:, :count].index_select(0, members[value_lm])
+        siblings[value_lm] = cache.siblings(read)
     values = torch.zeros((len(batch.values), *candidates.shape), device=candidates.device)
     for m, (value, users) in enumerate(zip(batch.values, batch.users, strict=True)):
         lm = value.lm if isinstance(value, LookaheadValue) else None
         if isinstance(value, LookaheadValue) and lm is not None and lm in caches:
-            values[m, caches[lm].members, :count] = siblings[lm][..., value.index]
+            values[m, :, :count].index_copy_(0, members[lm], siblings[lm][..., value.index])
         elif isinstance(value, HeadValue):
             values[m] = _evaluate_head(value, candidates, hidden, users)
     return values

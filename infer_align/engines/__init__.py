@@ -150,6 +150,10 @@ class Engine(ABC):
             InvalidRequest: names the field, its value and what is allowed.
         """
 
+    def is_prepared(self, body: Body, kind: Kind) -> bool:
+        """Return True if `check` of a body waits for nothing, so `prepare` has nothing to do."""
+        return True
+
     async def prepare(self, body: Body, kind: Kind) -> None:
         """Do beside other requests what `check` of a body would wait for.
 

@@ -105,8 +105,9 @@ async def fit_value(
         earlier: replies from `read_samples`, which the reward scores instead of new ones.
 
     Raises:
-        InvalidRequest: there are too few samples, a reply cannot be scored, all rewards are equal,
-            or the samples file has other settings.
+        InvalidRequest: there are too few samples, all rewards are equal, or the samples file has
+            other settings.
+        RewardFailed: a reply could not be scored.
         ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
     out = _checked_output(engine, reward, config, out)

@@ -14,7 +14,7 @@ import torch
 
 from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.engines.transformers.model import Model
-from infer_align.errors import ConfigError, EngineFailed, InvalidRequest
+from infer_align.errors import ConfigError, EngineFailed, InvalidRequest, RewardFailed
 from infer_align.fitting.progress import Pace
 from infer_align.fitting.regression import Progress, Replies
 from infer_align.fitting.samples_file import (
@@ -128,8 +128,8 @@ async def sample_replies(
             to their prompts.
 
     Raises:
-        InvalidRequest: the file is damaged or was made with other settings or prompts, or a reply
-            could not be scored.
+        InvalidRequest: the file is damaged or was made with other settings or prompts.
+        RewardFailed: a reply could not be scored.
         EngineFailed: a reply could not be sampled.
     """
     replies = resume(path, sampling, [prompt_digest(messages) for messages in prompts])
@@ -171,7 +171,7 @@ class _Sampler:
         scores = await score_candidates(self.reward, messages, candidates, sampling.objective)
         unscored = sum(not math.isfinite(value) for value in scores)
         if unscored:
-            raise InvalidRequest(
+            raise RewardFailed(
                 f"reward {sampling.reward}: {unscored} of {len(scores)} replies to prompt {prompt} "
                 "could not be scored. A value can only be fitted to a reward that scores every "
                 "reply. Fix the reward, or remove the prompt.",

@@ -329,7 +329,7 @@ def _plain_reason(plan: Plan) -> str:
     if draw is not None and draw.direction is not None:
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in draw.direction.items())
         clauses.append(f"in the direction {weights}")
-    if draw is not None and draw.guidance is not None:
+    if draw is not None and draw.guidance:
         contrasts = draw.guidance.contrasts
         scales = ", ".join(f"{contrast.trait} {contrast.scale:g}" for contrast in contrasts)
         clauses.append(f"guided by {scales}")

@@ -150,8 +150,7 @@ class PromptGuidance:
             for name, scale in self.scale.items():
                 if scale:
                     contrasts.append(_contrast(draw, name, scale, traits[name], draft, param))
-            guidance = Guidance(tuple(contrasts), min_p) if contrasts else None
-            draws.append(replace(draw, guidance=guidance))
+            draws.append(replace(draw, guidance=Guidance(tuple(contrasts), min_p)))
         return replace(draft, draws=tuple(draws))
 
     def _traits(self, draft: PlanDraft) -> dict[str, TraitPrompts]:

@@ -90,6 +90,8 @@ def json_objects(path: Path, problems: Problems) -> Iterator[tuple[int, Mapping[
 def read_content(path: Path) -> bytes:
     """Return the bytes of a file without a byte order mark; it may be compressed (.gz, .xz, .bz2).
 
+    Its lines end with LF or CR LF, or with CR, which becomes LF.
+
     Raises:
         ConfigError: the file cannot be read, or is of a kind that has no lines of JSON.
     """
@@ -101,7 +103,9 @@ def read_content(path: Path) -> bytes:
     for beginning, problem in _OTHER_FILES:
         if content.startswith(beginning):
             raise ConfigError(f"{path} {problem}.")
-    return content.removeprefix(_BYTE_ORDER_MARK)
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    # Old systems of Apple's end lines with CR. JSON has it between values only.
+    return content if b"\n" in content else content.replace(b"\r", b"\n")
 
 
 def _decompressed(suffix: str, content: bytes) -> bytes:

@@ -215,6 +215,19 @@ def open_database(text: str) -> Database:
         ) from error
 
 
+def sqlite_file(text: str) -> Path | None:
+    """Return the file of an URL; None if the database is a server, or in memory.
+
+    The URL is one that `open_database` takes.
+    """
+    url = make_url(text)
+    is_file = url.drivername.startswith(SQLITE) and url.database not in {None, "", ":memory:"}
+    # SQLite reads a name that begins with "file:" as an URI of its own, with options.
+    if not is_file or str(url.database).startswith("file:"):
+        return None
+    return Path(str(url.database))
+
+
 def _prepare_sqlite(connection: Any, _: object) -> None:
     """Let readers and a writer work side by side, and let SQLAlchemy begin the transactions."""
     connection.isolation_level = None

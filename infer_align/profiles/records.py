@@ -33,3 +33,11 @@ class StoredProfile:
     choices: tuple[StoredChoice, ...] = ()  # the latest ones, oldest first
     total: int = 0  # of choices, the older ones included
     created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A profile after choices were added to it."""
+
+    profile: StoredProfile
+    added: int  # number of choices that were not stored before

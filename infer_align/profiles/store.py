@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from infer_align.methods.profile import Choice
 from infer_align.profiles.cache import CachedChoices, ProfileCache
 from infer_align.profiles.database import SqliteDatabase, open_database
-from infer_align.profiles.records import StoredChoice, StoredProfile
+from infer_align.profiles.records import Addition, StoredChoice, StoredProfile
 from infer_align.profiles.schema import CHOICES, PROFILES
 
 # The latest choices of a profile that are read. Older ones stay in the store.
@@ -52,10 +52,12 @@ class ProfileStore:
         choices: Sequence[StoredChoice] = (),
         description: str | None = None,
         weights: Mapping[str, float] | None = None,
-    ) -> StoredProfile:
+    ) -> Addition:
         """Add choices to a profile, which is made if it does not exist.
 
-        It is stored when this returns.
+        It is stored when this returns. A choice that is stored already is not added again: the same
+        answers to the same messages, for one request id. So a client may send it again if the
+        answer was lost.
 
         Args:
             owner: whose profile it is.
@@ -65,7 +67,7 @@ class ProfileStore:
             weights: replace those of the profile; None leaves them.
 
         Returns:
-            The profile as it is then.
+            The profile as it is then, and the number of choices that were new.
 
         Raises:
             StoreFailed: nothing was stored.
@@ -80,18 +82,22 @@ class ProfileStore:
         # The update of an existing row also locks it, so no one deletes it meanwhile.
         updating = statement.on_conflict_do_update(index_elements=["owner", "id"], set_=changes)
         upsert = updating.returning(*PROFILES.c)
-        rows = [_choice_row(owner, profile_id, choice) for choice in choices]
 
-        def write(connection: Connection) -> tuple[RowMapping, CachedChoices]:
+        def write(connection: Connection) -> tuple[RowMapping, CachedChoices, int]:
             row = connection.execute(upsert).mappings().one()
-            if rows:
+            # No one adds to the profile meanwhile, so what is not there now is new.
+            cached = self._read_choices(connection, row)
+            new = _without_stored(choices, cached.choices)
+            if new:
+                rows = [_choice_row(owner, profile_id, choice) for choice in new]
                 connection.execute(CHOICES.insert(), rows)
-            return row, self._read_choices(connection, row)
+                cached = _with_later_choices(connection, row, cached)
+            return row, cached, len(new)
 
-        row, cached = await self._database.run(write, writes=True)
+        row, cached, added = await self._database.run(write, writes=True)
         # Only now: a transaction that failed has left nothing to cache.
         self._cache.put(owner, profile_id, cached)
-        return _stored_profile(row, cached)
+        return Addition(_stored_profile(row, cached), added)
 
     async def get(self, owner: str, profile_id: str) -> StoredProfile | None:
         """Return a profile with its latest choices; None if the owner has none of this name.
@@ -118,21 +124,8 @@ class ProfileStore:
 
     def _read_choices(self, connection: Connection, profile: RowMapping) -> CachedChoices:
         """Return the choices of a profile; only those that are new to this process are read."""
-        owner, profile_id = profile["owner"], profile["id"]
-        cached = self._cache.get(owner, profile_id, profile["created_at"])
-        is_choice = (CHOICES.c.owner == owner) & (CHOICES.c.profile_id == profile_id)
-        is_new = is_choice & (CHOICES.c.number > cached.number)
-        latest = select(CHOICES).where(is_new).order_by(CHOICES.c.number.desc()).limit(MAX_READ)
-        rows = connection.execute(latest).mappings().all()
-        if not rows:
-            return cached
-        total = cached.total + len(rows)
-        if len(rows) == MAX_READ:
-            # There may be more than these.
-            counting = select(func.count()).select_from(CHOICES).where(is_choice)
-            total = connection.execute(counting).scalar_one()
-        choices = tuple(_stored_choice(row) for row in reversed(rows))
-        return cached.extended(rows[0]["number"], choices, total, MAX_READ)
+        cached = self._cache.get(profile["owner"], profile["id"], profile["created_at"])
+        return _with_later_choices(connection, profile, cached)
 
     async def delete(self, owner: str, profile_id: str) -> bool:
         """Delete a profile and its choices; return False if the owner has none of this name.
@@ -172,6 +165,39 @@ class ProfileStore:
             return [(row[0], row[1], row[2], row[3]) for row in rows]
 
         return await self._database.run(read)
+
+
+def _with_later_choices(
+    connection: Connection, profile: RowMapping, cached: CachedChoices
+) -> CachedChoices:
+    """Return the choices of a profile, with those in the database that follow the given ones."""
+    owner, profile_id = profile["owner"], profile["id"]
+    is_choice = (CHOICES.c.owner == owner) & (CHOICES.c.profile_id == profile_id)
+    is_new = is_choice & (CHOICES.c.number > cached.number)
+    latest = select(CHOICES).where(is_new).order_by(CHOICES.c.number.desc()).limit(MAX_READ)
+    rows = connection.execute(latest).mappings().all()
+    if not rows:
+        return cached
+    total = cached.total + len(rows)
+    if len(rows) == MAX_READ:
+        # There may be more than these.
+        counting = select(func.count()).select_from(CHOICES).where(is_choice)
+        total = connection.execute(counting).scalar_one()
+    choices = tuple(_stored_choice(row) for row in reversed(rows))
+    return cached.extended(rows[0]["number"], choices, total, MAX_READ)
+
+
+def _without_stored(
+    choices: Sequence[StoredChoice], stored: Sequence[StoredChoice]
+) -> list[StoredChoice]:
+    """Return the choices that are not stored yet. One without a request id is always new."""
+    keys = {_key(choice) for choice in stored if choice.request_id}
+    return [choice for choice in choices if _key(choice) not in keys]
+
+
+def _key(choice: StoredChoice) -> tuple[str | None, str, str, str]:
+    """Return what is equal in a choice that is sent again."""
+    return (choice.request_id, choice.messages_hash, choice.chosen_hash, choice.rejected_hash)
 
 
 def _choice_row(owner: str, profile_id: str, choice: StoredChoice) -> dict[str, Any]:

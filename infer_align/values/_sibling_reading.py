@@ -8,32 +8,78 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from infer_align_kernels import sibling_attention
+from infer_align_kernels import PrefixTable, sibling_attention_at
 
 NAME = "infer_align_siblings"
-# The tokens of each row before its siblings, [B]; None while no siblings are read.
-_prefix_lengths: ContextVar[torch.Tensor | None] = ContextVar("prefix_lengths", default=None)
+
+
+class OwnColumns(Cache):  # type: ignore[misc]
+    """The cache of a forward pass of siblings: it holds their own keys and values alone.
+
+    Attributes:
+        columns: [layers, 2, B, Hkv, k, D] keys and values, which each pass writes again.
+        layer: the layer that has given its keys and values last.
+    """
+
+    def __init__(self, columns: torch.Tensor) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.columns = columns
+        self.layer = 0
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the keys and values of one layer; return them. A model calls it."""
+        self.layer = layer_idx
+        keys, values = self.columns[layer_idx]
+        return keys.copy_(key_states), values.copy_(value_states)
+
+    def get_seq_length(self, _: int = 0) -> int:
+        """Return 0: a model is told the positions, and the prefixes are elsewhere."""
+        return 0
+
+
+class SiblingReading(NamedTuple):
+    """A pass of siblings, as its attention needs it beside queries, keys and values.
+
+    Attributes:
+        cache: that of the pass.
+        prefixes: points to the keys and values of the tokens before the siblings.
+        lengths: [B] the number of these tokens.
+        capacity: see `sibling_attention_at`.
+    """
+
+    cache: OwnColumns
+    prefixes: PrefixTable
+    lengths: torch.Tensor
+    capacity: int
+
+
+# What is read in this thread; None while no siblings are read.
+_reading: ContextVar[SiblingReading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def reading_siblings(lengths: torch.Tensor) -> Iterator[None]:
-    """Let the queries of a forward pass be siblings: alternatives for one position.
-
-    Args:
-        lengths: [B] the tokens of each row before them, which end in the last cached column.
-    """
-    token = _prefix_lengths.set(lengths)
+def reading_siblings(reading: SiblingReading) -> Iterator[None]:
+    """Let the queries of a forward pass be siblings: alternatives for one position."""
+    token = _reading.set(reading)
     try:
         yield
     finally:
-        _prefix_lengths.reset(token)
+        _reading.reset(token)
 
 
 def attend(
@@ -48,26 +94,20 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attend as `sdpa` does, or as siblings: [B, H, Q, D] queries, [B, Hkv, columns, D] keys.
 
-    The last columns are those of the queries.
+    The last columns are those of the queries. Siblings have no other columns here.
 
     Returns:
         [B, Q, H, D], and no weights.
     """
-    lengths = _prefix_lengths.get()
-    if lengths is None:
+    reading = _reading.get()
+    if reading is None:
         attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return attended
-    first = key.shape[2] - query.shape[2]
-    result = sibling_attention(
-        query,
-        key[:, :, :first],
-        value[:, :, :first],
-        key[:, :, first:],
-        value[:, :, first:],
-        lengths,
-        scaling,
+    layer, lengths, capacity = reading.cache.layer, reading.lengths, reading.capacity
+    result = sibling_attention_at(
+        query, reading.prefixes, layer, key, value, lengths, capacity, scaling
     )
     return result.transpose(1, 2).contiguous(), None
 

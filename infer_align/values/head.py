@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,10 @@ from infer_align.values._fingerprint import (
     to_json,
 )
 from infer_align.values._head_arithmetic import HeadArithmetic, KernelHead, arrange
-from infer_align_kernels import HeadTable, HeadValues
+from infer_align_kernels import HeadTable, HeadValues, compiled_layers
+
+if TYPE_CHECKING:
+    from infer_align_kernels.steer_logits.layers import CompiledLayers
 
 log = logging.getLogger(__name__)
 
@@ -196,9 +199,13 @@ class HeadStack:
         weights = [head.tensors["E"] for head in self.heads]
         biases = [head.tensors["b"] for head in self.heads]
         self.table = HeadTable(weights, biases)
-        # On a CPU the layers of several heads as one save nothing.
         has_kernels = all(isinstance(head.arithmetic, KernelHead) for head in self.heads)
-        self._layers = _StackedLayers(plain, deep) if has_kernels else None
+        self._layers: _StackedLayers | CompiledLayers | None
+        if has_kernels:
+            self._layers = _StackedLayers(plain, deep)
+        else:
+            # On a CPU, torch saves nothing by the layers of several heads as one.
+            self._layers = compiled_layers([_layers_of(head) for head in self.heads])
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute u(h) of all heads, in their order. [B, d] float32 -> [B, sum of ranks]."""
@@ -206,6 +213,10 @@ class HeadStack:
             return self._layers.features(hidden)
         parts = [head.arithmetic.features(hidden) for head in self.heads]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _layers_of(head: HeadValue) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in head.tensors.items() if name not in {"E", "b"}}
 
 
 class _StackedLayers:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from infer_align.checkpoints.types import check_weights_type
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
 from infer_align.values import FrozenModel, Value, check_fit
-from infer_align.values._sibling_reading import NAME, reading_siblings, supports_siblings
+from infer_align.values._sibling_pass import CacheShape, ReadSiblings, SiblingPass
+from infer_align.values._sibling_reading import NAME, supports_siblings
 from infer_align_kernels import runs_triton
 
 HEADS = "value_heads.safetensors"
@@ -68,8 +69,8 @@ class ValueLM:
         summary: what the fit has measured; None if it is not recorded.
         folder_version: version of the folder that was loaded, from `folder_version`.
         cell_bytes: bytes of keys and values per token.
-        has_sibling_kernel: True if siblings are read with the kernel `sibling_attention`, as on a
-            GPU. False on a CPU, and for models without transformers' interface of attentions.
+        sibling_pass: reads siblings with the kernel `sibling_attention`, as on a GPU. None on a CPU
+            and for models without transformers' interface of attentions, where attention is masked.
     """
 
     def __init__(self, path: str, frozen: FrozenModel, dtype: str) -> None:
@@ -96,13 +97,28 @@ class ValueLM:
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)
         # It was fitted with the same factors.
         fix_rope(self.lm, None)
-        self.has_sibling_kernel = runs_triton(self.lm.device) and supports_siblings(self.lm)
-        if self.has_sibling_kernel:
-            self.lm.set_attn_implementation(NAME)
         self.description: str = card.get("description", "")
         summary = card.get("summary")
         self.summary: dict[str, Any] | None = summary if isinstance(summary, dict) else None
-        self.cell_bytes = self._measure_cell(path)
+        self.cell_bytes, shape = self._measure_cell(path)
+        self.sibling_pass: SiblingPass | None = None
+        if runs_triton(self.lm.device):
+            self.use_sibling_pass(path, shape)
+
+    def use_sibling_pass(self, name: str, shape: CacheShape | None) -> None:
+        """Read siblings with the kernel `sibling_attention`, if the model allows it.
+
+        Args:
+            name: of the value LM, for a warning.
+            shape: of its keys and values; None if its layers differ.
+        """
+        layers = getattr(self.lm.config.get_text_config(), "num_hidden_layers", None)
+        # A layer without keys and values of its own reads those of another one.
+        if shape is None or shape.layers != layers or not supports_siblings(self.lm):
+            return
+        self.lm.set_attn_implementation(NAME)
+        heads = len(self._bias)
+        self.sibling_pass = SiblingPass(name, self.forward, heads, shape, self.lm.device)
 
     def _check_shapes(self, path: str, frozen: FrozenModel) -> None:
         embeddings = self.lm.get_input_embeddings().weight
@@ -118,19 +134,23 @@ class ValueLM:
                 f"require {expected}. Fit the value again."
             )
 
-    def _measure_cell(self, path: str) -> int:
-        """Return the bytes of keys and values of one token, measured with one forward pass."""
+    def _measure_cell(self, path: str) -> tuple[int, CacheShape | None]:
+        """Return the bytes and the shape of the keys and values of one token.
+
+        They are measured with one forward pass.
+        """
         ones = torch.ones((1, 1), dtype=torch.long, device=self.lm.device)
         try:
             output = self.lm(input_ids=ones, attention_mask=ones, use_cache=True)
             layers = output.past_key_values.layers
-            return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
+            size = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
         except (AttributeError, TypeError) as error:
             # The model has no cache, or one that holds recurrent states.
             raise ConfigError(
                 f"{path}: a {type(self.lm).__name__} keeps no plain keys and values, which a value "
                 "LM needs. Use a model with ordinary attention."
             ) from error
+        return size, CacheShape.of(layers)
 
     @torch.inference_mode()
     def forward(
@@ -158,28 +178,29 @@ class ValueLM:
         values: torch.Tensor = output.last_hidden_state.float() @ self._weight.T + self._bias
         return values
 
-    def siblings(self, ids: torch.Tensor, cache: Any, lengths: torch.Tensor) -> torch.Tensor:
-        """Compute the values after each sibling and append all siblings to the cache.
+    def siblings(
+        self, ids: torch.Tensor, cache: Any, lengths: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the values after each sibling.
 
         Siblings are alternatives for one position: each attends to its row's tokens and to itself.
 
         Args:
             ids: [B, k] siblings.
             cache: transformers cache of the earlier tokens, right-aligned.
-            lengths: [B] tokens of each row in the cache.
+            lengths: tokens of each row in the cache.
 
         Returns:
-            [B, k, H] float32.
+            [B, k, H] float32, and the siblings' own keys and values as in `ReadSiblings`. With None
+            in their place, they are the last k columns of the cache.
         """
-        positions = lengths[:, None].expand(-1, ids.shape[1])
-        if not self.has_sibling_kernel:
-            mask = _sibling_mask(int(cache.length), lengths, ids.shape[1])
-            return self.forward(ids, cache, positions, mask)
-        # The kernel masks by the lengths. transformers passes a mask of four dimensions on as it
-        # is, and the kernel does not read it.
-        unread_mask = torch.ones((len(ids), 1, 1, 1), dtype=torch.bool, device=ids.device)
-        with reading_siblings(lengths):
-            return self.forward(ids, cache, positions, unread_mask)
+        if self.sibling_pass is not None:
+            read: ReadSiblings = self.sibling_pass.read(ids, cache, lengths)
+            return read.values, read.columns
+        row_lengths = torch.tensor(lengths, device=ids.device)
+        positions = row_lengths[:, None].expand(-1, ids.shape[1])
+        mask = _sibling_mask(int(cache.length), row_lengths, ids.shape[1])
+        return self.forward(ids, cache, positions, mask), None
 
 
 def _check_window(path: str, config: Any) -> None:

@@ -342,22 +342,16 @@ def _attention_launches() -> list[Launch]:
     made = []
     for queries, dim, dtype, is_split in ATTENTION_SHAPES:
         tiles = sibling_attention.tiles(queries, dim, dtype)
-        made.append(_attention_launch(tiles, dim, dtype, is_split=is_split))
+        for by_table in (False, True):
+            made.append(_attention_launch(tiles, dim, dtype, is_split=is_split, by_table=by_table))
     merge = sibling_attention.sibling_attention_merge_kernel
     types = _attention_types(merge, torch.bfloat16)
     constants = {"QUERIES": sibling_attention.MERGED, "PART": 1024, "D": 128, "DIM": 128}
-    made.append(
-        Launch(
-            name="sibling_attention_merge",
-            kernel=merge,
-            types=types,
-            constants=constants,
-            num_warps=4,
-            num_stages=3,
-            tensor_cores=False,
-        )
-    )
-    return made
+    name = "sibling_attention_merge"
+    return [
+        *made,
+        Launch(name, merge, types, constants, num_warps=4, num_stages=3, tensor_cores=False),
+    ]
 
 
 def _attention_types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
@@ -373,13 +367,21 @@ def _attention_types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _attention_launch(
-    tiles: sibling_attention.AttentionTiles, dim: int, dtype: torch.dtype, *, is_split: bool
+    tiles: sibling_attention.AttentionTiles,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    is_split: bool,
+    by_table: bool,
 ) -> Launch:
     kernel = sibling_attention.sibling_attention_kernel
+    types = _attention_types(kernel, dtype)
+    if by_table:
+        types.update(prefix_keys="*i64", prefix_values="*i64")
     return Launch(
         name="sibling_attention",
         kernel=kernel,
-        types=_attention_types(kernel, dtype),
+        types=types,
         constants={
             "QUERIES": tiles.queries,
             "COLUMNS": tiles.columns,
@@ -388,6 +390,9 @@ def _attention_launch(
             "PART": tiles.part,
             "IS_SPLIT": is_split,
             "UPCAST": False,
+            "BY_TABLE": by_table,
+            "UNIT": 16 if by_table else 1,
+            "ALIGNED": by_table,
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 # True if Triton interprets its kernels on the CPU. Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,3 +28,9 @@ def runs_triton(device: torch.device) -> bool:
 def launching(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which kernels are launched on this device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Return an array as a tensor of the host, from which a copy to the device does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infer_align.errors import AlignError, ConfigError, quote
+from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
 from infer_align_server import streams
 from infer_align_server.arguments import (
     Parser,
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments after the program's name; default: those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 for a failure, 2 for a wrong command or
-        configuration, 130 for Ctrl-C.
+        The exit status: 0 for success, 1 for a failure, 2 for a wrong command, configuration or
+        input file, 130 for Ctrl-C.
     """
     streams.prepare()
     words = sys.argv[1:] if arguments is None else arguments
@@ -70,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except ConfigError as error:
         _print_error("configuration", error)
+        return 2
+    except InvalidRequest as error:
+        _print_error("error", error)
         return 2
     except AlignError as error:
         _print_error("error", error)

@@ -14,19 +14,19 @@ from infer_align.values import Value
 from infer_align_server.availability import Availability, availability
 from infer_align_server.service import Service
 
-# The time of creation of every model. OpenAI's API requires one, and clients need only that it
-# does not change.
-CREATED = 1_700_000_000
 # The kinds of names that a request may add to.
 OPEN_NAMES = {"traits"}
 
 
 def model(service: Service, name: str) -> dict[str, Any]:
-    """Return one entry of /v1/models; the entry of a preset contains its `align` object."""
+    """Return one entry of /v1/models; the entry of a preset contains its `align` object.
+
+    OpenAI's API requires a time of creation. It is the time at which the server started.
+    """
     entry: dict[str, Any] = {
         "id": name,
         "object": "model",
-        "created": CREATED,
+        "created": service.start_time,
         "owned_by": "infer-align",
     }
     parts = service.split_preset(name)

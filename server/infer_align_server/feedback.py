@@ -48,7 +48,11 @@ class Feedback:
         },
     )
     request_id: Annotated[str, Len(max_length=128)] | None = field(
-        default=None, metadata={"description": "The request that produced the answers."}
+        default=None,
+        metadata={
+            "description": "The request that produced the answers. The same choice counts once per "
+            "request, so feedback that has it may be sent again."
+        },
     )
     description: Description | None = field(
         default=None, metadata={"description": "A sentence about the user, to be kept."}

@@ -22,7 +22,7 @@ from infer_align.preferences import PreferencePair, read_preferences
 from infer_align.profiles.records import StoredProfile
 from infer_align_server import fit_classifier, logs
 from infer_align_server.arguments import configuration, positive_integer, seed
-from infer_align_server.profile_keeper import ProfileKeeper
+from infer_align_server.profile_keeper import existing_profiles
 
 if TYPE_CHECKING:
     from infer_align.fitting.preference_report import HeldOutReport, PairAccuracy
@@ -215,9 +215,7 @@ async def _stored_pairs(
     options: argparse.Namespace,
 ) -> tuple[Sequence[PreferencePair], Sequence[str]]:
     """Return the stored choices that have texts, and a problem for each profile with others."""
-    keeper = ProfileKeeper(configuration(options))
-    if not keeper.keeps:
-        raise ConfigError("[profiles] store: is not set, so there are no stored profiles.")
+    keeper = existing_profiles(configuration(options))
     pairs: list[PreferencePair] = []
     problems: list[str] = []
     try:

@@ -15,6 +15,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from infer_align.flow.response import Response
 from infer_align.types import Candidate, Scores, ScoringUsage
 from infer_align_server.limits.admission import Admission
+from infer_align_server.limits.preparing import Preparing
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -207,10 +208,17 @@ class Metrics:
         if judge_tokens:
             self.judge_tokens.inc(judge_tokens)
 
-    def watch_admission(self, admission: Admission) -> None:
-        """Report what runs and what waits, and the tasks of the event loop."""
+    def watch_admission(self, admission: Admission, preparing: Preparing) -> None:
+        """Report what runs and what waits, and the tasks of the event loop.
+
+        A request that is prepared has not been admitted, so it waits.
+        """
+
+        def queued() -> int:
+            return admission.queued + preparing.running + preparing.queued
+
         self._watch(self.running, lambda: admission.running)
-        self._watch(self.queued, lambda: admission.queued)
+        self._watch(self.queued, queued)
         self._watch(self.tasks, count_tasks)
 
     def watch_readiness(self, is_ready: Callable[[], bool]) -> None:

@@ -19,7 +19,7 @@ from infer_align.flow.choice_scores import ChoiceScores
 from infer_align.flow.personal import Personaliser
 from infer_align.profiles.records import StoredProfile
 from infer_align_server.arguments import add_configuration, configuration
-from infer_align_server.profile_keeper import ProfileKeeper, UnknownProfile
+from infer_align_server.profile_keeper import ProfileKeeper, UnknownProfile, existing_profiles
 from infer_align_server.profiles import export_json, knowledge
 
 # Characters of an owner's hash that a table shows.
@@ -59,9 +59,7 @@ def _complete(parser: argparse.ArgumentParser, work: Work, out: Console) -> None
 
 async def _run(work: Work, options: argparse.Namespace, out: Console) -> int:
     config = configuration(options)
-    keeper = ProfileKeeper(config)
-    if not keeper.keeps:
-        raise ConfigError("[profiles] store: is not set, so there are no stored profiles.")
+    keeper = existing_profiles(config)
     try:
         await work(keeper, config, options, out)
     finally:

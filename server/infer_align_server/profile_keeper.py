@@ -77,6 +77,29 @@ class ProfileKeeper:
         return stored
 
 
+def existing_profiles(config: Config) -> ProfileKeeper:
+    """Return the profiles of a store that exists already, for a command that reads them.
+
+    Raises:
+        ConfigError: no store is configured, its file does not exist, or its URL is wrong.
+    """
+    keeper = ProfileKeeper(config)
+    url = store_url(config.methods.get(ProfileSettings))
+    if url is None:
+        raise ConfigError("[profiles] store: is not set, so there are no stored profiles.")
+    from infer_align.profiles.database import sqlite_file  # noqa: PLC0415
+
+    file = sqlite_file(url)
+    # Opening it would make it, with empty tables.
+    if file is not None and not file.exists():
+        raise ConfigError(
+            f"[profiles] store: the file {str(file.absolute())!r} does not exist, so there are no "
+            "stored profiles; the first feedback to a server makes it. A path that does not begin "
+            "with / starts at the folder in which the command runs."
+        )
+    return keeper
+
+
 def store_url(settings: ProfileSettings) -> str | None:
     """Return the URL of the store; None if profiles are not kept.
 

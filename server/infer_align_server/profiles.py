@@ -48,6 +48,8 @@ async def feedback(
 ) -> dict[str, Any]:
     """Add a choice to a profile, and return what the profile knows then.
 
+    A choice that is sent again with its `request_id` is not added again.
+
     Raises:
         InvalidRequest: a field is missing or wrong.
         RewardFailed: no reward could score the answers.
@@ -66,14 +68,14 @@ async def feedback(
         )
     async with service.scoring(0, caller):
         choices = await score_pairs(service, sent, pairs)
-    stored = await store.add(owner, sent.profile, choices, sent.description, sent.weights)
-    service.metrics.profile_choices.inc(len(choices))
+    addition = await store.add(owner, sent.profile, choices, sent.description, sent.weights)
+    service.metrics.profile_choices.inc(addition.added)
     return {
         "object": "align.feedback",
         "profile": sent.profile,
-        "added": len(choices),
+        "added": addition.added,
         "failed": failed_rewards(service.personaliser.feedback_features(), choices),
-        **knowledge(service.personaliser, stored),
+        **knowledge(service.personaliser, addition.profile),
     }
 
 
@@ -178,7 +180,7 @@ async def _question_texts(service: Service, body: Mapping[str, Any], caller: str
         drawing = {"n": QUESTION_CANDIDATES, **body}
         drawing.pop("candidates", None)
         model = service.resolve_model(body.get("model"))
-        plans = await service.plan(drawing, "chat", model)
+        plans = await service.plan(drawing, "chat", model, caller=caller)
         responses = await answer_all(service, plans, caller=caller)
         return [candidate.text for candidate in responses[0].candidates if not candidate.error]
     allowed = ("model", "messages", "candidates")

@@ -84,7 +84,8 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     if _is_plain(body, model) and service.forwarder is not None:
         return _forwarded_completion(http, kind, content, body, model, caller)
     streaming = stream_options(body)
-    plans = await service.plan(body, kind, model, owner_of(http))
+    planning = service.plan(body, kind, model, owner_of(http), caller)
+    plans = await until_client_leaves(http.receive, planning)
     head = {
         "id": f"{OBJECTS[kind].id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from infer_align.config.config import Config
@@ -15,11 +14,7 @@ from infer_align.config.schema import join
 from infer_align.engines import Engine
 from infer_align.errors import (
     AlignError,
-    InvalidRequest,
     Unavailable,
-    UnknownModel,
-    nearest,
-    quote,
 )
 from infer_align.flow.choice_scores import ChoiceScores
 from infer_align.flow.discovery import when_discovered
@@ -40,12 +35,14 @@ from infer_align_server.defaults import (
 from infer_align_server.engine_roles import Forwards, ServesApplication
 from infer_align_server.limits.api_keys import ApiKeys, Caller
 from infer_align_server.limits.caller_limits import make_caller_limits
+from infer_align_server.limits.client_timeout import shorten_deadline
 from infer_align_server.limits.key_file import KeyFile, Scope
+from infer_align_server.limits.preparing import Preparing
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
 from infer_align_server.logs import describe
 from infer_align_server.metrics import Metrics
-from infer_align_server.model_choice import ModelChoice
+from infer_align_server.model_choice import ModelChoice, ModelNames
 from infer_align_server.profile_keeper import ProfileKeeper
 from infer_align_server.sharing import Sharing
 
@@ -69,6 +66,7 @@ class Service:
         failure: The reason why loading failed.
         warnings: Sentences about the configuration for the person who starts the server.
         document: The OpenAPI document, from its first use until it changes.
+        start_time: The Unix time in seconds at which the server started, with all of its workers.
 
     Raises:
         ConfigError: The configuration cannot be served.
@@ -77,6 +75,7 @@ class Service:
     def __init__(self, config: Config, sharing: Sharing | None = None) -> None:
         self.config = config
         self.sharing = sharing
+        self.start_time = sharing.start_time if sharing else int(time())
 
         # `start` loads the models of the engines and rewards.
         self.engine: Engine = config.load_engine()
@@ -94,6 +93,7 @@ class Service:
         self._limits = make_caller_limits(config.limits, sharing, self.metrics.storage_failures.inc)
         self.tokens = self._limits.tokens
         self.admission = self._limits.admission
+        self.preparing = Preparing(self.engine, self._limits.at_once)
         self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
 
         # Profiles, and the scores of the answers that users chose between.
@@ -110,7 +110,7 @@ class Service:
         self.document: bytes | None = None
         self._loading = ""
         self._draining = False
-        self.metrics.watch_admission(self.admission)
+        self.metrics.watch_admission(self.admission, self.preparing)
         self.metrics.watch_readiness(lambda: self.unready() is None)
 
     # --- Loading and shutdown ---
@@ -144,7 +144,7 @@ class Service:
         """Wait for running requests, at most `drain_seconds`, then close everything."""
         self.drain()
         deadline = monotonic() + self.config.server.drain_seconds
-        while self.admission.running and monotonic() < deadline:
+        while (self.admission.running or self.preparing.running) and monotonic() < deadline:
             await asyncio.sleep(0.05)
         log.info("drain ended", extra={"running_requests": self.admission.running})
         for reward in self.rewards.values():
@@ -263,19 +263,11 @@ class Service:
 
     def models(self) -> list[str]:
         """Return the name of each model, then of each model with each preset."""
-        names = list(self.names)
-        pairs = itertools.product(names, self.config.presets)
-        return list(dict.fromkeys([*names, *(f"{name}@{preset}" for name, preset in pairs)]))
+        return self._model_names.every()
 
     def split_preset(self, name: str) -> tuple[str, str] | None:
-        """Return the model and the preset of a name such as "demo@careful"; None for a model.
-
-        A preset wins over a model of the same name, which another server of this kind may list.
-        """
-        model, separator, preset = name.rpartition("@")
-        if separator and preset in self.config.presets and model in self.names:
-            return model, preset
-        return None
+        """Return the model and the preset of a name; see `ModelNames.split`."""
+        return self._model_names.split(name)
 
     def resolve_model(self, name: object) -> ModelChoice:
         """Return the model and the preset that the `model` field of a request names.
@@ -286,26 +278,16 @@ class Service:
             InvalidRequest: The name is not a string.
             UnknownModel: There is no such model, or no such preset.
         """
-        model = self._find_model(name)
+        if name is None:
+            model = ModelChoice(self.model, self.engine.model)
+        else:
+            model = self._model_names.choose(name)
         describe(model=model.api_name, preset=model.preset)
         return model
 
-    def _find_model(self, name: object) -> ModelChoice:
-        if name is None:
-            return ModelChoice(self.model, self.engine.model)
-        if not isinstance(name, str):
-            raise InvalidRequest(
-                f"model: {quote(name)} is not allowed; must be a string.", param="model"
-            )
-        names = self.names
-        parts = self.split_preset(name)
-        if parts is not None:
-            return ModelChoice(name, names[parts[0]], parts[1])
-        if name in names:
-            return ModelChoice(name, names[name])
-        raise UnknownModel(
-            f"model: {quote(name)} does not exist; {nearest(name, self.models())}", param="model"
-        )
+    @property
+    def _model_names(self) -> ModelNames:
+        return ModelNames(self.names, self.config.presets)
 
     # --- Requests ---
 
@@ -314,7 +296,12 @@ class Service:
         return complete_body(self.config, body, model.preset)
 
     async def plan(
-        self, body: Mapping[str, Any], kind: Kind, model: ModelChoice, owner: str = ""
+        self,
+        body: Mapping[str, Any],
+        kind: Kind,
+        model: ModelChoice,
+        owner: str = "",
+        caller: str = "",
     ) -> list[Plan]:
         """Parse a request and plan it, with one plan for each of its prompts.
 
@@ -323,23 +310,27 @@ class Service:
             kind: The kind of the request, by its route.
             model: The model and the preset that the body names.
             owner: The owner of the stored profile that the request may name.
+            caller: The name of the caller, in whose queue the request waits.
 
         Raises:
             InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
+            Overloaded: Too many requests wait for what the engine prepares for them.
+            DeadlineExceeded: It was not prepared in time.
             Unavailable: It could not be found out if the engine can honour the request.
         """
         resolved = {**self.complete_body(body, model), "model": model.engine_model}
         describe(model=model.api_name, preset=model.preset)
         bodies = split_prompts(resolved, kind)
         check_prompt_count(len(bodies), self.config.limits)
-        await self.engine.prepare(resolved, kind)
         parsed = [parse_request(each, kind, self.config.presets, model.preset) for each in bodies]
+        deadline = parsed[0].align.budget.deadline_seconds
+        waited = await self.preparing.prepare(resolved, kind, caller, deadline)
         requests = [await self.personalise(request, owner) for request in parsed]
         with stage("plan"):
             plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])
         check_together(plans, self.config.limits)
         describe(methods=list(plans[0].methods))
-        return plans
+        return [shorten_deadline(plan, waited) for plan in plans] if waited else plans
 
     async def personalise(self, request: Request, owner: str) -> Request:
         """Return a request with what its profile says; the owner is that of a stored profile.

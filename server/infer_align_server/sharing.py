@@ -16,10 +16,12 @@ class Sharing:
     Attributes:
         folder: A folder of temporary files, which all workers use.
         workers: The number of workers.
+        start_time: The Unix time in seconds at which the server started.
     """
 
     folder: Path
     workers: int
+    start_time: int
 
     def make_files(self) -> None:
         """Make the files, before the first worker starts."""

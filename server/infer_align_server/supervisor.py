@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -99,6 +99,7 @@ class Supervisor:
         self._config = config
         self._read_config = read_config
         self._width = width
+        self._start_time = int(time())
         self._context: Any = multiprocessing.get_context(METHOD)
         self._listeners: list[socket.socket] = []
         self._workers: list[Worker] = []
@@ -226,7 +227,7 @@ class Supervisor:
     # --- the workers ---
 
     def _sharing(self, config: Config) -> Sharing:
-        return Sharing(self._folder, config.server.workers)
+        return Sharing(self._folder, config.server.workers, self._start_time)
 
     def _start(self, config: Config, slot: int, *, is_first: bool = False) -> Worker:
         pipe, worker_pipe = self._context.Pipe()

@@ -209,11 +209,18 @@ def test_a_slider_changes_the_aligned_answer_alone(
     assert ("read as context" in seen["cost"]) is (method == "guidance")
 
 
-def test_a_person_types_a_trait(demo: Live, visit: Visit) -> None:
-    seen = visit("own_trait", address(demo))
+@pytest.mark.parametrize("name", ["brief", "constructor", "toString"])
+def test_a_reward_may_have_any_name(serve: Serve, visit: Visit, name: str) -> None:
+    reward = f'[rewards.{name}]\nkind = "rules"\nwords_weight = -1.0\n'
+    assert visit("rewards", address(serve(FAKE + reward)))["names"] == [name]
+
+
+@pytest.mark.parametrize("trait", ["warm", "__proto__", "constructor"])
+def test_a_person_types_a_trait(demo: Live, visit: Visit, trait: str) -> None:
+    seen = visit("own_trait", address(demo), trait=trait)
     assert seen["align"]["guidance"] == {
-        "scale": {"warm": 2},
-        "traits": {"warm": {"prompt": "Answer politely."}},
+        "scale": {trait: 2},
+        "traits": {trait: {"prompt": "Answer politely."}},
     }
     assert seen["error"] == []
 

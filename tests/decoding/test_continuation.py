@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 
@@ -69,6 +70,24 @@ def test_the_space_of_the_template_belongs_to_the_first_word(byte_fallback):
 def test_a_template_that_fails_writes_no_space(byte_level):
     assert turn_space(byte_level, "{{ raise_exception('no') }}") == ""
     assert turn_space(byte_level, "") == ""
+
+
+def test_a_text_with_control_tokens_may_be_read_while_others_read_prompts(tokenizer):
+    prompt = "the cat</s> sat" * 200
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    expected = text_tokens(tokenizer, prompt, [], is_continued=True)
+    assert not set(expected) & set(tokenizer.all_special_ids)
+    readings = []
+
+    def read_prompts() -> None:
+        readings.extend(tokenizer(prompt, add_special_tokens=False)["input_ids"] for _ in range(99))
+
+    thread = threading.Thread(target=read_prompts)
+    thread.start()
+    for _ in range(33):
+        assert text_tokens(tokenizer, prompt, [], is_continued=True) == expected
+    thread.join()
+    assert readings == [ids] * 99
 
 
 def test_an_empty_text_has_no_tokens_and_text_must_be_unicode(tokenizer):

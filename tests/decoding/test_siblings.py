@@ -20,9 +20,9 @@ def inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def lm(device: torch.device) -> Any:
-    return TinyValueLM(device)
+@pytest.fixture(scope="module", params=[False, True], ids=["masked", "pass"])
+def lm(request: pytest.FixtureRequest, device: torch.device) -> Any:
+    return TinyValueLM(device, has_pass=request.param)
 
 
 def prefilled(lm: Any, ids: list[int], member: int) -> ValueCache:

@@ -12,9 +12,21 @@ HEADS = 2
 
 
 class TinyValueLM(ValueLM):
-    """A random value LM without files."""
+    """A random value LM without files.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where it computes.
+        has_pass: True to read siblings as on a GPU, with the kernel `sibling_attention`.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        has_pass: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(3)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -24,11 +36,14 @@ class TinyValueLM(ValueLM):
             num_attention_heads=2,
             num_key_value_heads=1,
         )
-        self.lm = LlamaModel(config).eval().to(device)
+        self.lm = LlamaModel(config).eval().to(device, dtype)
         self.heads = torch.randn((16, HEADS), device=device)
         self._weight = self.heads.T
         self._bias = torch.zeros(HEADS, device=device)
-        self.has_sibling_kernel = False
+        self.sibling_pass = None
+        if has_pass:
+            self.use_sibling_pass("tiny", self._measure_cell("tiny")[1])
+            assert self.sibling_pass is not None
 
     def value(self, ids: list[int]) -> torch.Tensor:
         """Return the values after a complete text. [H]."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from infer_align.errors import InvalidRequest
+from infer_align.errors import InvalidRequest, RewardFailed
 from infer_align.fitting.samples import SamplingConfig, read_prompts, read_states, sample_replies
 
 pytestmark = pytest.mark.anyio
@@ -225,7 +225,7 @@ async def test_a_reply_that_cannot_be_scored_names_its_prompt(
         return float("nan") if reward.prompts[-1] == "the cat 17" else 1.0
 
     reward, file = recording_reward(fails), tmp_path / "s.jsonl"
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(RewardFailed) as caught:
         await sample_replies(engine, reward, prompts, SAMPLING, file, quiet)
     assert "reward length: 3 of 3 replies to prompt 17 could not be scored" in caught.value.message
     fixed_reward = recording_reward()

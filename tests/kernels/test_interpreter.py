@@ -22,6 +22,8 @@ ENGINE = "tests/engines/transformers/test_steering.py"
 STEERING = (
     "tests/decoding/test_steering.py",
     "tests/decoding/test_dense_steering.py",
+    "tests/decoding/test_siblings.py",
+    "tests/values/test_sibling_pass.py::test_what_padding_holds_changes_no_bit_of_the_rows",
     f"{ENGINE}::test_rows_that_are_not_steered_do_not_change",
     f"{ENGINE}::test_weight_zero_is_the_frozen_model",
     f"{ENGINE}::test_likely_tokens_are_steered_by_heads_alone",

@@ -47,11 +47,13 @@ def test_each_row_is_steered_by_its_own_weights(ranks: tuple[int, ...], vocabula
 @pytest.mark.parametrize("seed", range(20))
 def test_numba_equals_the_reference_for_awkward_logits(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    heads, rows, features = head_table(90), steered_rows(3), row_features(sum(RANKS))
+    # Fewer tokens than lanes, as many, and one or many more.
+    vocabulary = (90, numba.LANES, numba.LANES + 1, 700)[seed % 4]
+    heads, rows, features = head_table(vocabulary), steered_rows(3), row_features(sum(RANKS))
     # Few different numbers, so that many are equal.
-    logits = torch.randint(-4, 5, (ROWS, 90), generator=generator).float()
+    logits = torch.randint(-4, 5, (ROWS, vocabulary), generator=generator).float()
     awkward = torch.tensor([torch.nan, -torch.inf, -0.0, 0.0, torch.inf])
-    places = torch.rand(ROWS, 90, generator=generator) < seed / 20
+    places = torch.rand(ROWS, vocabulary, generator=generator) < seed / 20
     logits[places] = awkward[torch.randint(5, (int(places.sum()),), generator=generator)]
     logits[7] = -torch.inf
     heads.weights[1][: 4 * seed] = torch.inf

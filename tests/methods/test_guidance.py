@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from infer_align.errors import InvalidRequest
 from infer_align.methods import PlanDraft, Sections
 from infer_align.methods.guidance import PromptGuidance, Trait, TraitPrompts, TraitSections, guide
+from infer_align.steering import Guidance
 from infer_align.types import Draw
 
 ALIGN = {"guidance": {"scale": {"calm": 1.0}, "traits": {"calm": {"prompt": "Be calm."}}}}
@@ -135,9 +136,10 @@ def test_token_ids_cannot_carry_a_prompt():
         method.apply(completion)
 
 
-def test_a_request_with_scales_of_0_is_not_guided():
+def test_a_request_with_scales_of_0_reads_no_context():
     planned = PromptGuidance(scale={"cheerful": 0.0}).apply(draft([]))
-    assert planned.draws[0].guidance is None
+    assert planned.draws[0].guidance == Guidance((), 0.05)
+    assert not planned.draws[0].guidance
 
 
 def test_an_unknown_trait_names_the_nearest_and_the_way_to_bring_ones_own():

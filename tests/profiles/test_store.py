@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from sqlalchemy import Connection, inspect
 
 from infer_align.profiles import cache
 from infer_align.profiles import store as stores
-from infer_align.profiles.database import MIGRATIONS, StoreFailed, open_database
+from infer_align.profiles.database import MIGRATIONS, StoreFailed, open_database, sqlite_file
 from infer_align.profiles.schema import METADATA
 from infer_align.profiles.store import ProfileStore
 from tests.postgres import Postgres
@@ -34,8 +35,11 @@ from tests.postgres import Postgres
 pytestmark = pytest.mark.xdist_group("store")
 
 
-def choice(number: float, text: Choice | None = None) -> StoredChoice:
-    return StoredChoice({"brief": number}, "a", "b", "c", text, "request")
+def choice(
+    number: float, text: Choice | None = None, request_id: str | None = "request"
+) -> StoredChoice:
+    """A choice that differs from those of other numbers."""
+    return StoredChoice({"brief": number}, "a", f"b{number}", "c", text, request_id)
 
 
 def numbers(profile) -> list[float]:
@@ -102,10 +106,63 @@ def test_adding_returns_the_profile_as_it_is_then(store_url: str) -> None:
     async def work(store: ProfileStore):
         added = [await store.add("ann", "u", [choice(1.0)]), await store.add("ann", "u")]
         added.append(await store.add("ann", "u", [choice(2.0), choice(3.0)], weights={"brief": 1}))
-        assert added[-1] == await store.get("ann", "u")
+        assert added[-1].profile == await store.get("ann", "u")
         return added
 
-    assert [each.total for each in run(store_url, work)] == [1, 1, 3]
+    results = run(store_url, work)
+    assert [each.profile.total for each in results] == [1, 1, 3]
+    assert [each.added for each in results] == [1, 0, 2]
+
+
+@pytest.mark.parametrize("request_id", [None, ""])
+def test_without_a_request_every_choice_counts(store_url: str, request_id: str | None) -> None:
+    async def work(store: ProfileStore):
+        added = [await store.add("ann", "u", [choice(1.0, request_id=request_id)])]
+        added.append(await store.add("ann", "u", [choice(1.0, request_id=request_id)]))
+        return [(each.added, each.profile.total) for each in added]
+
+    assert run(store_url, work) == [(1, 1), (1, 2)]
+
+
+def test_a_choice_that_is_sent_again_counts_once(store_url: str) -> None:
+    sent = choice(1.0)
+    same_with_another_rating = replace(sent, differences={"brief": 0.5})
+    others = [
+        replace(sent, request_id="another"),
+        replace(sent, messages_hash="d"),
+        replace(sent, chosen_hash=sent.rejected_hash, rejected_hash=sent.chosen_hash),
+    ]
+
+    async def work(store: ProfileStore):
+        replica = ProfileStore(store_url)
+        try:
+            await store.add("ann", "u", [sent])
+            for each in (store, replica, store):
+                again = await each.add("ann", "u", [same_with_another_rating], "A child.")
+                assert (again.added, again.profile.total) == (0, 1)
+                assert again.profile.description == "A child."
+            mixed = await replica.add("ann", "u", [sent, *others])
+            assert (mixed.added, mixed.profile.total) == (3, 4)
+            # Another profile, and another owner, have choices of their own.
+            assert (await store.add("ann", "v", [sent])).added == 1
+            assert (await store.add("bob", "u", [sent])).added == 1
+            return await store.get("ann", "u")
+        finally:
+            await replica.close()
+
+    assert numbers(run(store_url, work)) == [1.0] * 4
+
+
+def test_a_choice_that_is_sent_to_many_replicas_at_once_counts_once(store_url: str) -> None:
+    async def scenario():
+        replicas = [ProfileStore(store_url) for _ in range(3)]
+        writes = [each.add("ann", "u", [choice(1.0)]) for each in replicas for _ in range(5)]
+        added = sum(each.added for each in await asyncio.gather(*writes))
+        totals = [(await each.get("ann", "u")).total for each in replicas]
+        await asyncio.gather(*(each.close() for each in replicas))
+        return added, totals
+
+    assert asyncio.run(scenario()) == (1, [1, 1, 1])
 
 
 def test_owners_share_nothing(store_url: str) -> None:
@@ -154,7 +211,7 @@ def test_a_replica_reads_what_another_one_wrote(store_url: str) -> None:
             totals = []
             for i in range(3):
                 await store.add("ann", "u", [choice(float(i))])
-                await replica.add("ann", "u", [choice(float(i))])
+                await replica.add("ann", "u", [choice(i + 0.5)])
                 totals += [(await each.get("ann", "u")).total for each in (store, replica)]
             return totals
         finally:
@@ -213,7 +270,8 @@ def test_replicas_that_migrate_at_once_do_it_once(store_url: str) -> None:
 
     async def scenario():
         replicas = [ProfileStore(store_url) for _ in range(4)]
-        await asyncio.gather(*(each.add("ann", "u", [choice(1.0)]) for each in replicas))
+        writes = [each.add("ann", "u", [choice(i)]) for i, each in enumerate(replicas)]
+        await asyncio.gather(*writes)
         profile = await replicas[0].get("ann", "u")
         await asyncio.gather(*(each.close() for each in replicas))
         return profile.total
@@ -281,7 +339,7 @@ def test_a_full_store_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         kept = await store.get("ann", "u")
-        return kept, await store.add("ann", "u", [choice(3.0)])
+        return kept, (await store.add("ann", "u", [choice(3.0)])).profile
 
     kept, later = run(url, work)
     assert (numbers(kept), numbers(later)) == ([1.0], [1.0, 3.0])
@@ -291,6 +349,22 @@ def test_a_full_store_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
 def test_another_database_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"\[profiles\] store"):
         ProfileStore(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite:///p.db", Path("p.db")),
+        ("sqlite+aiosqlite:////data/p.db", Path("/data/p.db")),
+        ("sqlite:///p%20q.db", Path("p%20q.db")),
+        ("sqlite://", None),
+        ("sqlite:///:memory:", None),
+        ("sqlite:///file:p.db?mode=ro&uri=true", None),
+        ("postgresql+asyncpg://host/p.db", None),
+    ],
+)
+def test_the_file_of_an_url(url: str, file: Path | None) -> None:
+    assert sqlite_file(url) == file
 
 
 def test_many_writers_lose_nothing(store_url: str) -> None:

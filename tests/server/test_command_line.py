@@ -100,7 +100,32 @@ def test_a_wrong_file_of_prompts_is_named(
     if content is not None:
         Path("prompts.jsonl").write_text(content)
     files = ["--prompts", "prompts.jsonl", "--out", "out.safetensors"]
-    assert cli.main(["fit", "value", "--reward", "quality", *files]) == 1
+    assert cli.main(["fit", "value", "--reward", "quality", *files]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "rescore: samples.jsonl cannot be read: No such file or directory."),
+        ("", "rescore: samples.jsonl has no header."),
+        ("{oops\n", "rescore: samples.jsonl is damaged: line 1 is not JSON."),
+    ],
+)
+def test_a_wrong_file_of_samples_is_named(
+    content: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('"a"\n')
+    if content is not None:
+        Path("samples.jsonl").write_text(content)
+    files = ["--prompts", "prompts.jsonl", "--rescore", "samples.jsonl", "--out", "a.safetensors"]
+    assert cli.main(["fit", "value", "--reward", "quality", *files]) == 2
     assert message in capsys.readouterr().err
 
 

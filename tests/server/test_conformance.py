@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
@@ -88,6 +90,15 @@ def test_models(numbers: Any) -> None:
     conforms(listed, "ListModelsResponse")
     for model in listed["data"]:
         conforms(numbers.get(f"/v1/models/{model['id']}").json(), "Model")
+
+
+def test_models_were_created_when_the_server_started(numbers: Any) -> None:
+    listed = numbers.get("/v1/models").json()["data"]
+    listed.append(numbers.get(f"/v1/models/{listed[0]['id']}").json())
+    (created,) = {model["created"] for model in listed}
+    this_process = psutil.Process().create_time()
+    assert int(this_process) <= created <= time.time()
+    assert created == numbers.service.start_time
 
 
 @pytest.mark.parametrize(

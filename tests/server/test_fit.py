@@ -171,10 +171,10 @@ def test_an_unknown_reward_is_named(place: Path, capsys: Any) -> None:
 
 def test_prompts_that_cannot_be_read_are_named(place: Path, capsys: Any) -> None:
     (place / "prompts.jsonl").write_text('"fine"\n{"message": []}\n')
-    assert fit(place) == 1
+    assert fit(place) == 2
     assert "prompts.jsonl:2" in "".join(capsys.readouterr().err.split())
     (place / "prompts.jsonl").unlink()
-    assert fit(place) == 1
+    assert fit(place) == 2
     assert "cannotberead" in "".join(capsys.readouterr().err.split())
 
 
@@ -189,13 +189,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_sampling(
 
 def test_prompts_that_occur_twice_are_counted(place: Path, capsys: Any) -> None:
     (place / "prompts.jsonl").write_text('"hello"\n"there"\n"hello"\n"hello"\n')
-    assert fit(place) == 1
+    assert fit(place) == 2
     assert "2 prompts occur more than once" in " ".join(capsys.readouterr().err.split())
 
 
 def test_too_few_prompts_are_refused(place: Path, capsys: Any) -> None:
     (place / "prompts.jsonl").write_text('"hello"\n"there"\n')
-    assert fit(place, "--max-tokens", "4") == 1
+    assert fit(place, "--max-tokens", "4") == 2
     output = " ".join(capsys.readouterr().err.split())
     assert "16 are too few" in output
     assert "more prompts" in output
@@ -226,7 +226,7 @@ def write_samples(path: Path, **changes: Any) -> None:
 
 def test_samples_of_other_settings_are_refused(place: Path, capsys: Any) -> None:
     write_samples(place / "brief.samples.jsonl")
-    assert fit(place, "--max-tokens", "5") == 1
+    assert fit(place, "--max-tokens", "5") == 2
     assert "was made with other settings" in " ".join(capsys.readouterr().err.split())
 
 
@@ -255,7 +255,7 @@ def test_a_second_reward_scores_the_same_replies(place: Path, capsys: Any) -> No
     assert fit(place, *samples) == 2
     assert "is the samples file of --out" in " ".join(capsys.readouterr().err.split())
     (place / "prompts.jsonl").write_text('"other"\n' * 60)
-    assert fit(place, *samples, out="c.st") == 1
+    assert fit(place, *samples, out="c.st") == 2
     assert "was made with other prompts" in " ".join(capsys.readouterr().err.split())
 
 
@@ -275,7 +275,7 @@ def test_a_file_that_cannot_be_scored_again_is_refused(
 ) -> None:
     file = place / "other.samples.jsonl"
     file.write_text(text)
-    assert fit(place, "--rescore", str(file)) == 1
+    assert fit(place, "--rescore", str(file)) == 2
     expected = message.replace("FILE", str(file))
     assert expected in " ".join(capsys.readouterr().err.split())
 

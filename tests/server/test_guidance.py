@@ -119,6 +119,15 @@ def test_a_guided_stream_is_the_guided_answer(client: openai.OpenAI) -> None:
     assert any(e.logprob != e.model_extra["aligned_logprob"] for e in entries)
 
 
+def test_what_is_steered_with_weights_of_0_reports_what_others_do(client: openai.OpenAI) -> None:
+    for align in (helpful(0.0), {"vas": {"beta": {"brief": 0.0}}}):
+        answer = ask(client, align, logprobs=True)
+        entries = answer.choices[0].logprobs.content
+        frozen = [entry.logprob for entry in entries]
+        assert [e.model_extra["aligned_logprob"] for e in entries] == pytest.approx(frozen)
+        assert answer.choices[0].message.content == ask(client, {}).choices[0].message.content
+
+
 def test_structured_outputs_tools_and_continued_turns_are_guided(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}

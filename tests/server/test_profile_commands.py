@@ -87,3 +87,24 @@ def test_a_name_of_two_owners_needs_the_owner(
 def test_without_a_store_there_is_nothing_to_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profiles", "list"]) == 2
     assert "[profiles] store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["profiles", "list"],
+        ["profiles", "show", "u17"],
+        ["profiles", "export", "u17"],
+        ["profiles", "delete", "u17"],
+        ["fit", "reward", "--profiles"],
+    ],
+)
+def test_a_store_that_does_not_exist_is_not_made(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "infer-align.toml"
+    path = tmp_path / "mistyped.db"
+    file.write_text(CONFIG.format(path=path), encoding="utf-8")
+    assert main([*words, "--config", str(file)]) == 2
+    assert f"the file '{path}' does not exist" in capsys.readouterr().err
+    assert not path.exists()

@@ -309,6 +309,17 @@ def test_a_replica_reads_what_another_wrote(keeping: Any) -> None:
         assert live.get("/v1/align/profiles/u17", headers=ANN).json()["choices"] == 2
 
 
+def test_feedback_that_is_sent_again_counts_once_per_request(keeping: Any) -> None:
+    live = keeping()
+    body = {"profile": "u17", "request_id": "r1", **CHOICE}
+    first, again = send(live, body).json(), send(live, body).json()
+    assert (first.pop("added"), again.pop("added")) == (1, 0)
+    assert first == again
+    other = send(live, {**body, "request_id": "r2"}).json()
+    assert (other["added"], other["choices"]) == (1, 2)
+    assert live.metric("infer_align_profile_choices_total") == 2
+
+
 def test_feedback_says_which_rewards_could_not_score_it(keeping: Any, tmp_path: Any) -> None:
     live = keeping()
     assert send(live, {"profile": "u17", **CHOICE}).json()["failed"] == {}

@@ -106,6 +106,7 @@ def test_a_forced_call_fits_its_schema(client: openai.OpenAI, extra: Any, choice
     ) as stream:
         final = stream.get_final_completion()
     (streamed,) = final.choices[0].message.tool_calls or ()
+    assert final.choices[0].message.content is None
     assert streamed.function.arguments == call.function.arguments
     assert streamed.id == call.id
     # The answer and the result of the tool go back to the model.

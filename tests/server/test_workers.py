@@ -73,6 +73,15 @@ def post(url: str, body: object = BODY) -> httpx2.Response:
     return httpx2.post(f"{url}/v1/chat/completions", json=body, **LOCAL)
 
 
+def model_times(url: str) -> set[int]:
+    """Return the times of creation that the workers list for their models."""
+    times: set[int] = set()
+    for _ in range(20):
+        (model,) = httpx2.get(f"{url}/v1/models", **LOCAL).json()["data"]
+        times.add(model["created"])
+    return times
+
+
 def process_ids(server: Process) -> list[int]:
     """Return the process ids of all workers that were started, in this order."""
     return [event["worker"] for event in server.events() if event["event"] == "worker started"]
@@ -145,6 +154,8 @@ def test_a_killed_worker_loses_its_own_requests_alone(held: Process, hold_file: 
     url = server.url()
     until(lambda: metric(url, "infer_align_workers ") == 2)
     killed, other = map(psutil.Process, process_ids(server))
+    created = model_times(url)
+    assert len(created) == 1
     senders = Senders(url)
     # Every held request is a connection of one of the two.
     sent = 0
@@ -164,6 +175,7 @@ def test_a_killed_worker_loses_its_own_requests_alone(held: Process, hold_file: 
     assert sorted(senders.answers) == [0] * lost + [200] * (sent - lost)
     until(lambda: len(process_ids(server)) == 3)
     until(lambda: metric(url, "infer_align_workers ") == 2)
+    assert model_times(url) == created
 
 
 def test_a_hung_worker_is_replaced_and_the_others_go_on(held: Process, hold_file: Path) -> None:

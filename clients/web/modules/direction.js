@@ -29,7 +29,8 @@ export function directionPicture(names, ranges) {
     show(weights) {
       const direction = unit(weights);
       node.hidden = Object.keys(direction).length === 0;
-      const rows = names.map((name) => axis(name, direction[name] ?? 0, ranges[name]));
+      const weightOf = (name) => (Object.hasOwn(direction, name) ? direction[name] : 0);
+      const rows = names.map((name) => axis(name, weightOf(name), ranges[name]));
       node.replaceChildren(el("p", { class: "hint" }, "Only the proportions count:"), ...rows);
     },
   };

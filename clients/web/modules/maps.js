@@ -62,12 +62,10 @@ export function mapEditor(label, schema, context) {
 }
 
 function readRows(rows) {
-  const value = {};
-  for (const [name, editor] of rows) {
-    const part = editor.read();
-    if (part !== undefined) value[name] = part;
-  }
-  return Object.keys(value).length ? value : undefined;
+  const read = Array.from(rows, ([name, editor]) => [name, editor.read()]);
+  const parts = read.filter(([, part]) => part !== undefined);
+  // An assignment would lose a name such as "__proto__".
+  return parts.length ? Object.fromEntries(parts) : undefined;
 }
 
 /**

@@ -21,7 +21,7 @@ export function rewardsPanel(catalog, onChange) {
   const rows = [];
   for (const [name, reward] of Object.entries(catalog.rewards)) {
     // A judge that is a method has a panel of its own.
-    if (name in catalog.methods) continue;
+    if (Object.hasOwn(catalog.methods, name)) continue;
     const names = reward.attributes.length
       ? reward.attributes.map((attribute) => `${name}.${attribute}`)
       : [name];
@@ -68,10 +68,6 @@ function rewardRow(name, reward, onChange) {
 }
 
 function readRows(rows) {
-  const weights = {};
-  for (const row of rows) {
-    const weight = row.read();
-    if (weight !== undefined) weights[row.name] = weight;
-  }
-  return weights;
+  const read = rows.map((row) => [row.name, row.read()]);
+  return Object.fromEntries(read.filter(([, weight]) => weight !== undefined));
 }

@@ -34,17 +34,15 @@ export function traitEditor(fields, properties, context) {
   return {
     node: el("div", {}, configured.node, list, button),
     read() {
-      const scale = { ...configured.read() };
-      const prompts = {};
-      for (const trait of typed) {
-        const { name, weight, texts } = trait.read();
-        if (!weight || !texts.prompt) continue;
-        scale[name] = weight;
-        prompts[name] = texts;
-      }
+      const read = Array.from(typed, (trait) => trait.read());
+      const used = read.filter(({ weight, texts }) => weight && texts.prompt);
+      // Assignments would lose a name such as "__proto__".
+      const scales = Object.fromEntries(used.map(({ name, weight }) => [name, weight]));
+      const prompts = Object.fromEntries(used.map(({ name, texts }) => [name, texts]));
+      const scale = { ...configured.read(), ...scales };
       if (!Object.keys(scale).length) return undefined;
       const value = { [fields.scale]: scale };
-      if (Object.keys(prompts).length) value[fields.prompts] = prompts;
+      if (used.length) value[fields.prompts] = prompts;
       return value;
     },
   };

@@ -35,8 +35,8 @@ function entriesOf({ weights, uncertainty, bounds, scales }) {
   const entries = Object.entries(weights).map(([name, value]) => ({
     name,
     value,
-    deviation: uncertainty[name] ?? null,
-    bounds: bounds[name] ?? null,
+    deviation: own(uncertainty, name) ?? null,
+    bounds: own(bounds, name) ?? null,
   }));
   for (const [trait, learned] of Object.entries(scales ?? {})) {
     entries.push({
@@ -47,6 +47,11 @@ function entriesOf({ weights, uncertainty, bounds, scales }) {
     });
   }
   return entries;
+}
+
+/** Return an entry of an object; undefined for what every object has, such as "constructor". */
+function own(object, name) {
+  return Object.hasOwn(object, name) ? object[name] : undefined;
 }
 
 function weightRow(name) {

@@ -39,7 +39,7 @@ HostModel = tuple[str, str]  # URL, model
 def needs_of(draw: Draw) -> frozenset[str]:
     """Return what a draw needs that is written token by token; nothing for other draws."""
     needs: set[str] = set()
-    if draw.guidance is not None:
+    if draw.guidance:
         needs.add(GUIDE)
     if draw.steering is not None and any(draw.steering.beta.values()):
         needs.add(STEER)

@@ -198,24 +198,35 @@ class TransformersEngine(Engine):
             return
         self._started.values.check(draw)
         form.check(self._started.grammars)
-        if draw.guidance is not None:
+        if draw.guidance:
             # The prompts of traits have to fit before anything is spent.
             self._read(draw)
 
+    def is_prepared(self, body: Body, kind: Kind) -> bool:
+        """Return True if the grammars of a body have been compiled, or cannot be."""
+        return self._uncompiled_form(body, kind) is None
+
     async def prepare(self, body: Body, kind: Kind) -> None:
         """Compile the grammars of a body. A client's grammar may take seconds."""
-        if self.health() is not None or self._started is None:
+        form = self._uncompiled_form(body, kind)
+        if form is None or self._started is None:
             return
+        grammars, tokenizer = self._started.grammars, self._started.model.tokenizer
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._grammar_thread, form.compile, grammars, tokenizer)
+
+    def _uncompiled_form(self, body: Body, kind: Kind) -> answer_form.AnswerForm | None:
+        """Return the form that a body asks for if a grammar of it has not been compiled."""
         if not body.keys() & answer_form.FIELDS[kind]:
-            return
+            return None
+        if self.health() is not None or self._started is None:
+            return None
         try:
             form = answer_form.AnswerForm.read(Draw(body, kind=kind))
         except InvalidRequest:
-            return
+            return None
         grammars, tokenizer = self._started.grammars, self._started.model.tokenizer
-        if not form.is_free and not form.is_compiled(grammars, tokenizer):
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._grammar_thread, form.compile, grammars, tokenizer)
+        return None if form.is_free or form.is_compiled(grammars, tokenizer) else form
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""

@@ -22,7 +22,7 @@ def read_contexts(
         prompt: the tokens of the request as it is.
         tokenize: returns the tokens of the prompt of a draw.
     """
-    if draw.guidance is None:
+    if not draw.guidance:
         return None, {}
     numbers: dict[tuple[int, ...], int] = {tuple(prompt): 0}
 

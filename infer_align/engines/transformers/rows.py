@@ -236,8 +236,9 @@ class Row:
 
     @property
     def is_aligned(self) -> bool:
-        """Return True if the draw is steered by values or guided by prompts."""
-        return self.job.draw.steering is not None or self.job.guiding is not None
+        """Return True if the draw asks for values or for guidance, with weights of 0 too."""
+        draw = self.job.draw
+        return draw.steering is not None or draw.guidance is not None
 
     @property
     def is_due(self) -> bool:

@@ -14,11 +14,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.device import upload
 from infer_align.decoding.siblings import ValueCache, read_tokens
 from infer_align.values.lookahead import ValueLM
 
@@ -33,6 +35,16 @@ class TokenHistory(ABC):
     @abstractmethod
     def read(self, first: int, last: int) -> torch.Tensor:
         """Return the tokens from position `first` up to `last`, without it. [last - first]."""
+
+    @staticmethod
+    @abstractmethod
+    def read_newest(histories: Sequence[Any], lengths: Sequence[int]) -> torch.Tensor:
+        """Return the last of so many tokens of each history of this class, in one operation. [n].
+
+        Args:
+            histories: n histories of one worker.
+            lengths: the number of tokens of each, at least 1.
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +72,15 @@ class HostHistory(TokenHistory):
         tokens = [*self.prompt[first:last], *self.output[max(0, first - start) : last - start]]
         return torch.tensor(tokens[: last - first], device=self.device)
 
+    @staticmethod
+    def read_newest(histories: Sequence[HostHistory], lengths: Sequence[int]) -> torch.Tensor:
+        """Return the last of so many tokens of each history. [n]."""
+        tokens = []
+        for history, length in zip(histories, lengths, strict=True):
+            place = length - 1 - len(history.prompt)
+            tokens.append(history.output[place] if place >= 0 else history.prompt[place])
+        return upload(np.array(tokens, np.int64), histories[0].device)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceHistory(TokenHistory):
@@ -76,6 +97,14 @@ class DeviceHistory(TokenHistory):
     def read(self, first: int, last: int) -> torch.Tensor:
         """Return the tokens from position `first` up to `last`, without it. [last - first]."""
         return self.table[self.slot, first:last].long()
+
+    @staticmethod
+    def read_newest(histories: Sequence[DeviceHistory], lengths: Sequence[int]) -> torch.Tensor:
+        """Return the last of so many tokens of each history. [n]."""
+        table = histories[0].table
+        places = np.array([[history.slot for history in histories], lengths])
+        slots, ends = upload(places, table.device)
+        return table[slots, ends - 1].long()
 
 
 class LookaheadRow(NamedTuple):
@@ -157,15 +186,13 @@ def _continued(previous: _Reading, rows: Sequence[LookaheadRow]) -> list[_Readin
     present = {row.history: row for row in rows}
     cache = previous.cache
     # Any candidate will do for the rows that have no new token.
-    chosen = cache.candidates[:, 0].clone()
+    chosen = cache.candidates[:, 0]
     grown: list[int] = []
     waiting: list[int] = []
-    newest: list[torch.Tensor] = []
     for index, history in enumerate(previous.histories):
         row = present.get(history)
         growth = row.length - cache.lengths[index] if row else -1
         if row and growth == 1:
-            newest.append(history.read(row.length - 1, row.length))
             grown.append(index)
         elif growth == 0:
             waiting.append(index)
@@ -173,7 +200,11 @@ def _continued(previous: _Reading, rows: Sequence[LookaheadRow]) -> list[_Readin
         return []
     lengths = [*cache.lengths]
     if grown:
-        chosen[grown] = torch.cat(newest)
+        histories = [previous.histories[index] for index in grown]
+        new_lengths = [lengths[index] + 1 for index in grown]
+        newest = type(histories[0]).read_newest(histories, new_lengths)
+        places = upload(np.array(grown), chosen.device)
+        chosen = chosen.index_copy(0, places, newest)
     cache.choose(chosen)
     parts = []
     if grown:
@@ -183,9 +214,9 @@ def _continued(previous: _Reading, rows: Sequence[LookaheadRow]) -> list[_Readin
         # Drop the column that `choose` has added.
         patch = cache.cache.take(waiting, 1 + max(waiting_lengths))
         patch.drop_last()
-        histories = tuple(previous.histories[index] for index in waiting)
-        members = [present[history].position for history in histories]
-        parts.append(_Reading(ValueCache(cache.lm, members, waiting_lengths, patch), histories))
+        waiters = tuple(previous.histories[index] for index in waiting)
+        members = [present[history].position for history in waiters]
+        parts.append(_Reading(ValueCache(cache.lm, members, waiting_lengths, patch), waiters))
     return parts
 
 

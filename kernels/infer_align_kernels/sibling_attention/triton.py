@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from infer_align_kernels.devices import INTERPRETED
+from infer_align_kernels.sibling_attention.attending import attend, find_head
+from infer_align_kernels.sibling_attention.prefixes import PrefixTable
 
 LOG2_E = 1.4426950408889634
-
-
 # Columns of the shortest part of a prefix, and queries that a program merges.
 MIN_PART = 256
 MERGED = 16
@@ -40,50 +40,6 @@ class AttentionTiles(NamedTuple):
     num_warps: int
     num_stages: int
     part: int
-
-
-@triton.jit
-def attend(
-    q,
-    keys,
-    values,
-    start,
-    end,
-    keys_column,
-    values_column,
-    peak,
-    total,
-    attended,
-    scale,
-    COLUMNS: tl.constexpr,
-    D: tl.constexpr,
-    DIM: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Add the columns from `start` to `end`, at most COLUMNS, to the running softmax."""
-    dims = tl.arange(0, DIM)[None, :]
-    columns = start + tl.arange(0, COLUMNS)
-    # Columns after the end are read from the last one, which needs no mask, and get no weight.
-    places = tl.minimum(columns, end - 1).to(tl.int64)[:, None]
-    if D == DIM:
-        k = tl.load(keys + places * keys_column + dims)
-        v = tl.load(values + places * values_column + dims)
-    else:
-        k = tl.load(keys + places * keys_column + dims, mask=dims < D, other=0.0)
-        v = tl.load(values + places * values_column + dims, mask=dims < D, other=0.0)
-    if UPCAST:
-        k, v = k.to(tl.float32), v.to(tl.float32)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    scores = tl.where(columns[None, :] < end, scores, float("-inf"))
-    # The scale is positive. So it is applied to the peak, and to the exponents in one instruction
-    # with the difference.
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-    rescale = tl.exp2(peak - new_peak)
-    weights = tl.exp2(scores * scale - new_peak[:, None])
-    total = total * rescale + tl.sum(weights, axis=1)
-    attended *= rescale[:, None]
-    attended = tl.dot(weights.to(v.dtype), v, attended, input_precision="ieee")
-    return new_peak, total, attended
 
 
 @triton.jit
@@ -126,11 +82,15 @@ def sibling_attention_kernel(
     PART: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
+    BY_TABLE: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Compute QUERIES stacked queries of one row, key head and part of the prefix.
 
     Grid: (rows * key heads, blocks, parts). A stacked query is a pair of a query head in the group
     of the key head, and a sibling. With IS_SPLIT, the unfinished sums of each part are stored.
+    With BY_TABLE, the prefix is given by its entries in the table of `prefixes.py`.
     """
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
@@ -172,11 +132,39 @@ def sibling_attention_kernel(
     attended = tl.where(is_first, own_value.to(tl.float32), 0.0)
     if UPCAST:
         q = q.to(tl.float32)
-    keys = prefix_keys + row * keys_row + kv_head * keys_head
-    values = prefix_values + row * values_row + kv_head * values_head
-    first = T - tl.load(lengths + row).to(tl.int32) + tl.program_id(2) * PART
+    # In a table, the strides follow both addresses.
+    keys, keys_column = find_head(
+        prefix_keys,
+        prefix_keys + 2,
+        keys_row,
+        keys_head,
+        keys_column,
+        row,
+        kv_head,
+        own_keys,
+        D,
+        BY_TABLE,
+        UNIT,
+        ALIGNED,
+    )
+    values, values_column = find_head(
+        prefix_values,
+        prefix_values + 1,
+        values_row,
+        values_head,
+        values_column,
+        row,
+        kv_head,
+        own_values,
+        D,
+        BY_TABLE,
+        UNIT,
+        ALIGNED,
+    )
+    last = tl.load(prefix_keys + 4).to(tl.int32) if BY_TABLE else T
+    first = last - tl.load(lengths + row).to(tl.int32) + tl.program_id(2) * PART
     # A part after the end of the row is empty.
-    end = tl.minimum(first + PART, T)
+    end = tl.minimum(first + PART, last)
     for start in range(first, end, COLUMNS):
         peak, total, attended = attend(
             q,
@@ -245,6 +233,23 @@ def sibling_attention_merge_kernel(
     tl.store(out + place[:, None] * D + dims, result, mask=is_number)
 
 
+class Prefix(NamedTuple):
+    """The prefix of all rows as the kernel takes it.
+
+    Attributes:
+        keys: the tensor, or its entry in a table; so are the values.
+        strides: of keys and values by row, head and column; 0 with a table.
+        columns: number of columns; with a table, the most that a launch can read.
+        table: the table; None for tensors.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    strides: tuple[int, ...]
+    columns: int
+    table: PrefixTable | None = None
+
+
 def sibling_attention(
     query: torch.Tensor,
     prefix_keys: torch.Tensor,
@@ -255,28 +260,66 @@ def sibling_attention(
     scale: float,
 ) -> torch.Tensor:
     """Launch the kernels; see `infer_align_kernels.sibling_attention`."""
-    rows, heads, siblings, dim = query.shape
-    kv_heads, columns = prefix_keys.shape[1:3]
-    tensors = (query, prefix_keys, prefix_values, own_keys, own_values)
+    _check_contiguous(query, prefix_keys, prefix_values, own_keys, own_values)
+    strides = (*prefix_keys.stride()[:3], *prefix_values.stride()[:3])
+    prefix = Prefix(prefix_keys, prefix_values, strides, prefix_keys.shape[2])
+    return _launch(query, prefix, own_keys, own_values, lengths, scale)
+
+
+def sibling_attention_at(
+    query: torch.Tensor,
+    prefixes: PrefixTable,
+    layer: int,
+    own_keys: torch.Tensor,
+    own_values: torch.Tensor,
+    lengths: torch.Tensor,
+    capacity: int,
+    scale: float,
+) -> torch.Tensor:
+    """Launch the kernels; see `infer_align_kernels.sibling_attention_at`."""
+    _check_contiguous(query, own_keys, own_values)
+    entries = prefixes.entries[layer]
+    prefix = Prefix(entries, entries[1:], (0,) * 6, capacity, prefixes)
+    return _launch(query, prefix, own_keys, own_values, lengths, scale)
+
+
+def _check_contiguous(*tensors: torch.Tensor) -> None:
     if any(t.numel() and t.stride(-1) != 1 for t in tensors):
         raise ValueError(
             "query, keys, values: the numbers of a head are not contiguous in memory; the last "
             "dimension must have stride 1."
         )
+
+
+def _launch(
+    query: torch.Tensor,
+    prefix: Prefix,
+    own_keys: torch.Tensor,
+    own_values: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    rows, heads, siblings, dim = query.shape
+    kv_heads = own_keys.shape[1]
+    table = prefix.table
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not out.numel():
         return out
     group = heads // kv_heads
     shape = tiles(group * siblings, dim, query.dtype)
     blocks = triton.cdiv(group * siblings, shape.queries)
-    parts = max(1, triton.cdiv(columns, shape.part))
+    parts = max(1, triton.cdiv(prefix.columns, shape.part))
     unfinished = _allocate_unfinished(parts, out)
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    own_strides = (*own_keys.stride()[:3], *own_values.stride()[:3])
     places = rows * heads * siblings
     lengths = lengths.contiguous()
     padded_dim = max(16, triton.next_power_of_2(dim))
     sibling_attention_kernel[rows * kv_heads, blocks, parts](
-        *tensors,
+        query,
+        prefix.keys,
+        prefix.values,
+        own_keys,
+        own_values,
         lengths,
         out,
         *unfinished,
@@ -284,9 +327,11 @@ def sibling_attention(
         group,
         siblings,
         kv_heads,
-        columns,
+        prefix.columns,
         scale * LOG2_E,
-        *strides,
+        *query.stride()[:3],
+        *prefix.strides,
+        *own_strides,
         QUERIES=shape.queries,
         COLUMNS=shape.columns,
         D=dim,
@@ -295,6 +340,9 @@ def sibling_attention(
         IS_SPLIT=parts > 1,
         # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
         UPCAST=INTERPRETED,
+        BY_TABLE=table is not None,
+        UNIT=table.stride_unit if table else 1,
+        ALIGNED=table is not None and table.is_aligned,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )

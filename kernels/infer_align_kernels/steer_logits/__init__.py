@@ -6,9 +6,10 @@ Shapes: B rows of logits, S steered rows, V vocabulary, M heads, k candidates, d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +17,17 @@ from infer_align_kernels.devices import launching, runs_triton
 from infer_align_kernels.steer_logits import reference
 from infer_align_kernels.steer_logits.types import HeadTable, SteeredRows, Workspace
 
-__all__ = ["HeadTable", "SteeredRows", "Workspace", "steer_logits", "steers_at_once"]
+if TYPE_CHECKING:
+    from infer_align_kernels.steer_logits.layers import CompiledLayers
+
+__all__ = [
+    "HeadTable",
+    "SteeredRows",
+    "Workspace",
+    "compiled_layers",
+    "steer_logits",
+    "steers_at_once",
+]
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +38,22 @@ def steers_at_once(device: torch.device) -> bool:
     That is a GPU, and a CPU on which Numba is installed. On a CPU, the first use compiles it.
     """
     return runs_triton(device) or (device.type == "cpu" and _on_cpu() is not reference.steer_logits)
+
+
+def compiled_layers(heads: Sequence[Mapping[str, torch.Tensor]]) -> CompiledLayers | None:
+    """Return the layers of heads, compiled for a CPU.
+
+    Args:
+        heads: the layers of each head: P, or W1, c1 and W2; float32 on a CPU.
+
+    Returns:
+        The layers; None if torch computes them: without Numba, or if a head has large layers.
+    """
+    if _on_cpu() is reference.steer_logits:
+        return None
+    from infer_align_kernels.steer_logits import layers  # noqa: PLC0415
+
+    return layers.CompiledLayers(heads) if layers.are_small(heads) else None
 
 
 @cache

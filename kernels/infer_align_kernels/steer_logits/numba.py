@@ -12,49 +12,17 @@ Numba, which vLLM requires.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
-from llvmlite.binding import ffi
 from numba import njit
 
+from infer_align_kernels.numba_options import COMPILED
 from infer_align_kernels.steer_logits.types import HeadTable, SteeredRows
 
-# Logits that are compared with the smallest candidate at once. In most blocks, none is larger.
-BLOCK = 16
-# Sums may be reordered, so that a processor adds several numbers at once. Every row is summed in
-# the same order, so it does not depend on its batch.
-COMPILED = {
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"contract", "reassoc"},
-    # The code is kept beside this file, where that is possible.
-    "cache": os.access(Path(__file__).parent, os.W_OK),
-}
-
-
-def _answer_for_functions_only() -> None:
-    """Let llvmlite's library no longer answer for `__dict__`, as if that were one of its functions.
-
-    vLLM's CPU runner looks at `__dict__` of every object in every module, and would fail there.
-    """
-    library = type(ffi.lib)
-    function = getattr(library, "__getattr__", None)
-    if function is None:
-        return
-
-    def attribute(self: Any, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return function(self, name)
-
-    library.__getattr__ = attribute
-
-
-_answer_for_functions_only()
+# Parts of a row, see `write_maxima`. Not fewer than the largest number of candidates.
+LANES = 128
+# The most steps of a search, see `bound_of_largest`.
+BISECTIONS = 16
 
 
 @njit("f4(f4)", **COMPILED)
@@ -63,20 +31,94 @@ def clean_logit(logit):
     return np.float32(-np.inf) if np.isnan(logit) else logit
 
 
-@njit("b1(f4[::1], i8, i8, f4)", **COMPILED)
-def has_larger(row, start, end, smallest):
-    """Return True if a logit from `start` to `end` is larger than `smallest`."""
-    is_larger = False
-    # Without a branch, a processor compares several logits at once.
-    for token in range(start, end):
-        is_larger |= row[token] > smallest
-    return is_larger
+@njit("void(f4[::1], f4[::1])", **COMPILED)
+def write_maxima(row, maxima):
+    """Write the largest logit of each lane. NaN counts as -inf. [V] -> [LANES].
+
+    Lane i holds every token whose id is i modulo LANES. So a processor compares neighbouring
+    tokens at once, and never has to guess a branch.
+    """
+    for lane in range(LANES):
+        maxima[lane] = -np.inf
+    complete = len(row) // LANES * LANES
+    for start in range(0, complete, LANES):
+        block = row[start : start + LANES]
+        for lane in range(LANES):
+            maxima[lane] = block[lane] if block[lane] > maxima[lane] else maxima[lane]
+    for token in range(complete, len(row)):
+        maxima[token - complete] = max(maxima[token - complete], clean_logit(row[token]))
+
+
+@njit("i8(f4[::1], f4)", **COMPILED)
+def count_lanes(maxima, bound):
+    """Return the number of lanes whose largest logit is at least `bound`."""
+    count = np.int32(0)
+    for lane in range(LANES):
+        count += np.int32(maxima[lane] >= bound)
+    return count
+
+
+@njit("f4(f4[::1], i8)", **COMPILED)
+def bound_of_largest(maxima, k):
+    """Return a lower bound of the k largest logits, close to the smallest of them.
+
+    If k lanes hold a logit of at least `bound`, the k largest logits are at least `bound`. Any
+    such bound gives the same candidates, so the search may end early.
+
+    Args:
+        maxima: [LANES], see `write_maxima`.
+        k: at most LANES.
+    """
+    low = np.float32(np.inf)
+    high = np.float32(-np.inf)
+    for maximum in maxima:
+        high = max(high, maximum)
+        if maximum > -np.inf:
+            low = min(low, maximum)
+    if count_lanes(maxima, low) < k:
+        return np.float32(-np.inf)
+    for _ in range(BISECTIONS):
+        middle = low + (high - low) * np.float32(0.5)
+        count = count_lanes(maxima, middle)
+        if count >= k:
+            low = middle
+        else:
+            high = middle
+        if k <= count <= k + 2:
+            break
+    return low
+
+
+@njit("i8(f4[::1], f4[::1], f4, i8[::1], i8[::1])", **COMPILED)
+def collect(row, maxima, bound, lanes, ids):
+    """Write the ids of all logits that are at least `bound`, lane by lane; return their number.
+
+    Args:
+        row: [V] logits. NaN is collected too.
+        maxima: [LANES], see `write_maxima`.
+        bound: the smallest logit.
+        lanes: [LANES + 1] memory.
+        ids: [V + 1], overwritten. The last place is memory.
+    """
+    used = 0
+    # An id that does not count is overwritten by the next one. That is faster than a branch.
+    for lane in range(LANES):
+        lanes[used] = lane
+        used += int(maxima[lane] >= bound)
+    count = 0
+    for i in range(used):
+        for token in range(lanes[i], len(row), LANES):
+            ids[count] = token
+            count += int(not row[token] < bound)
+    return count
 
 
 @njit("void(i8[::1], f4[::1], i8, i8, f4)", **COMPILED)
 def insert(ids, largest, place, token, logit):
-    """Insert a token at `place` or before it, so that the logits stay in descending order."""
-    while place > 0 and logit > largest[place - 1]:
+    """Insert a token at `place` or before it: by descending logit, and equal ones by lower id."""
+    while place > 0 and (
+        logit > largest[place - 1] or (logit == largest[place - 1] and token < ids[place - 1])
+    ):
         largest[place] = largest[place - 1]
         ids[place] = ids[place - 1]
         place -= 1
@@ -84,37 +126,43 @@ def insert(ids, largest, place, token, logit):
     ids[place] = token
 
 
-@njit("void(f4[::1], i8[::1], f4[::1])", **COMPILED)
-def select_largest(row, ids, largest):
+@njit("void(f4[::1], i8[::1], f4[::1], f4[::1], i8[::1], i8[::1])", **COMPILED)
+def select_largest(row, ids, largest, maxima, lanes, collected):
     """Write the ids of the k largest logits, largest first and equal ones by lower id.
 
     Args:
         row: [V] logits. NaN counts as -inf.
         ids: [k] ids, overwritten.
         largest: [k or more] memory.
+        maxima: [LANES] memory.
+        lanes: [LANES + 1] memory.
+        collected: [V + 1] memory.
     """
     last = len(ids) - 1
-    for token in range(len(ids)):
-        insert(ids, largest, token, token, clean_logit(row[token]))
-    for start in range(len(ids), len(row), BLOCK):
-        end = min(start + BLOCK, len(row))
-        if has_larger(row, start, end, largest[last]):
-            for token in range(start, end):
-                if row[token] > largest[last]:
-                    insert(ids, largest, last, token, row[token])
+    write_maxima(row, maxima)
+    count = collect(row, maxima, bound_of_largest(maxima, len(ids)), lanes, collected)
+    for i in range(count):
+        token = collected[i]
+        logit = clean_logit(row[token])
+        if i <= last:
+            insert(ids, largest, i, token, logit)
+        elif logit > largest[last] or (logit == largest[last] and token < ids[last]):
+            insert(ids, largest, last, token, logit)
 
 
-@njit("i8(f4[::1], f4, i8[::1])", **COMPILED)
-def select_likely(row, log_min_p, ids):
-    """Write the ids of the likely tokens; return their number. [V], [], [V]."""
+@njit("i8(f4[::1], f4, f4[::1], i8[::1], i8[::1])", **COMPILED)
+def select_likely(row, log_min_p, maxima, lanes, ids):
+    """Write the ids of the likely tokens; return their number. See `select_largest`."""
+    write_maxima(row, maxima)
     peak = np.float32(-np.inf)
-    for logit in row:
-        peak = max(peak, clean_logit(logit))
+    for maximum in maxima:
+        peak = max(peak, maximum)
     smallest = peak + log_min_p
+    collected = collect(row, maxima, smallest, lanes, ids)
     count = 0
-    for token in range(len(row)):
-        if clean_logit(row[token]) >= smallest:
-            ids[count] = token
+    for i in range(collected):
+        if clean_logit(row[ids[i]]) >= smallest:
+            ids[count] = ids[i]
             count += 1
     return count
 
@@ -194,8 +242,10 @@ def steer_rows(logits, vocabulary, stride, features, table, places, records, num
         out: [S, k] candidates, overwritten.
     """
     columns = records.shape[1] - (len(places) - 1)
-    memory = np.empty(vocabulary, np.int64)
+    memory = np.empty(vocabulary + 1, np.int64)
     shifts = np.empty(vocabulary, np.float32)
+    maxima = np.empty(LANES, np.float32)
+    lanes = np.empty(LANES + 1, np.int64)
     for s in range(len(records)):
         for slot in range(out.shape[1]):
             out[s, slot] = -1
@@ -205,17 +255,17 @@ def steer_rows(logits, vocabulary, stride, features, table, places, records, num
         first = records[s, 0] * stride
         row = logits[first : first + vocabulary]
         if count < 0:
-            count = select_likely(row, numbers[s, columns - 1], memory)
+            count = select_likely(row, numbers[s, columns - 1], maxima, lanes, memory)
+            ids = memory[:count]
         else:
-            select_largest(row, memory[:count], shifts)
-            for slot in range(count):
-                out[s, slot] = memory[slot]
+            ids = out[s, :count]
+            select_largest(row, ids, shifts, maxima, lanes, memory)
         beta = numbers[s, columns:]
         strongest = np.float32(0)
         for weight in beta:
             strongest = max(strongest, abs(weight))
         if strongest > 0:
-            ids, masked = memory[:count], records[s, 2] != 0
+            masked = records[s, 2] != 0
             steer_row(row, ids, features[s], table, beta, places, shifts[:count], masked)
 
 

@@ -38,8 +38,15 @@ class Admission:
     than one request of each apart.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, stage: str = "running") -> None:
+        """Begin with nothing that runs or waits.
+
+        Args:
+            limits: What may run and wait at once.
+            stage: The participle for what an admitted request does, for messages.
+        """
         self._limits = limits
+        self._stage = stage
         # The waiting requests of each caller; a caller without one is absent.
         self._queues: dict[str, deque[_Waiter]] = {}
         # The virtual time of each caller, in tokens.
@@ -139,8 +146,8 @@ class Admission:
     def _overloaded(self) -> Overloaded:
         turns = (self.queued + 1) / self._limits.max_running
         return Overloaded(
-            f"{self.running} requests are running and {self.queued} are waiting, the limit of this "
-            "server; try again later.",
+            f"{self.running} requests are {self._stage} and {self.queued} are waiting, the limit "
+            "of this server; try again later.",
             retry_after=max(1.0, turns * self._mean_seconds),
             code="queue_full",
         )

@@ -20,12 +20,14 @@ class CallerLimits:
         requests: The requests per minute of each caller.
         tokens: The candidate tokens per minute of each caller.
         admission: What may run at once, and the queue in front of it.
+        at_once: What may run and wait at once in this process.
         storage: The database in which all servers count; None if each counts alone.
     """
 
     requests: RateLimit
     tokens: RateLimit
     admission: Admission
+    at_once: Limits
     storage: LimitStorage | None
 
     async def close(self) -> None:
@@ -60,11 +62,13 @@ def make_caller_limits(
             per_minute, unit, code, storage, counts_alone=counts_alone, buckets=buckets
         )
 
+    at_once = sharing.limits(limits) if sharing else limits
     return CallerLimits(
         requests=rate_limit(limits.requests_per_minute, "requests", "rate_limit_exceeded"),
         tokens=rate_limit(
             limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
         ),
-        admission=Admission(sharing.limits(limits) if sharing else limits),
+        admission=Admission(at_once),
+        at_once=at_once,
         storage=storage,
     )

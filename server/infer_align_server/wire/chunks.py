@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infer_align.decoding.stream import message_delta
+from infer_align.decoding.stream import delta_of, message_delta
 from infer_align.errors import AlignError
 from infer_align.flow.request import Request
 from infer_align.flow.response import Response
@@ -22,6 +22,8 @@ from infer_align_server.wire.errors import error_json
 
 # The fields that every choice has. Other fields are the engine's own; each is sent once.
 STANDARD_FIELDS = frozenset({"delta", "message", "text", "logprobs", "finish_reason"})
+# The fields of a message that holds calls in place of a text.
+CALLS = ("tool_calls", "function_call")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -59,7 +61,7 @@ class ChunkWriter:
             if delta.choice[key] is not None:
                 self._sent_fields.setdefault(delta.index, set()).add(key)
         choice = {"index": delta.index, "logprobs": None, "finish_reason": None, **delta.choice}
-        return self._role(delta.index) + self._chunk(choice)
+        return self._role(delta.index, delta_of(delta.choice)) + self._chunk(choice)
 
     def error(self, error: AlignError) -> bytes:
         """Return an error that ends the stream."""
@@ -80,20 +82,27 @@ class ChunkWriter:
             is_last = index == len(returned) - 1
             # The report stands in the last chunk of the stream, as do the engine's other fields.
             chunk_extra = extra if is_last and not self._include_usage else {}
-            events.append(self._role(index))
+            events.append(self._role(index, candidate.choice.get("message") or {}))
             events.append(self._chunk(self._final_choice(index, candidate), **chunk_extra))
         if self._include_usage:
             events.append(self._chunk(None, usage=total_usage_json(responses), **extra))
         return b"".join(events) + DONE
 
-    def _role(self, index: int) -> bytes:
-        """Return the first chunk of a choice, with its role; empty if it was sent."""
+    def _role(self, index: int, message: Mapping[str, Any]) -> bytes:
+        """Return the first chunk of a choice, with its role; empty if it was sent.
+
+        Args:
+            index: The index of the choice.
+            message: What is sent of the message next. If it begins with a call, the content is
+                null, as OpenAI sends it: readers that join the deltas then have no empty text.
+        """
         if self._request.kind == "completion" or index in self._opened:
             return b""
         self._opened.add(index)
+        is_call = not message.get("content") and any(message.get(name) for name in CALLS)
         choice = {
             "index": index,
-            "delta": {"role": "assistant", "content": ""},
+            "delta": {"role": "assistant", "content": None if is_call else ""},
             "logprobs": None,
             "finish_reason": None,
         }
@@ -103,9 +112,11 @@ class ChunkWriter:
         """Return a complete candidate as one chunk, with all fields of the engine."""
         choice = {key: value for key, value in candidate.choice.items() if key != "message"}
         choice["finish_reason"] = None
+        message: Mapping[str, Any] = {}
         if self._request.kind == "chat":
-            choice["delta"] = message_delta(candidate.choice["message"])
-        return self._role(index) + self._chunk({"index": index, **choice})
+            message = candidate.choice["message"]
+            choice["delta"] = message_delta(message)
+        return self._role(index, message) + self._chunk({"index": index, **choice})
 
     def _final_choice(self, index: int, candidate: Candidate) -> dict[str, Any]:
         """Return the choice of a last chunk: empty, except for what was not sent before."""

@@ -169,12 +169,18 @@ def slider(visit: Visit) -> dict[str, Any]:
     }
 
 
+def rewards(visit: Visit) -> dict[str, Any]:
+    visit.ready()
+    names = visit.page.locator(".rewards .reward > label:first-child")
+    return {"names": [text.strip() for text in names.all_inner_texts()]}
+
+
 def own_trait(visit: Visit) -> dict[str, Any]:
     visit.ready()
     visit.method("best_of_n").uncheck()
     visit.page.get_by_role("button", name="Type a trait of your own").click()
     trait = visit.page.get_by_role("group", name="Your trait 1")
-    trait.get_by_label("Name").fill("warm")
+    trait.get_by_label("Name").fill(visit.options["trait"])
     trait.get_by_label("What to ask for").fill("Answer politely.")
     trait.get_by_label("Scale", exact=True).fill("2")
     visit.ask()
@@ -569,6 +575,7 @@ SCENARIOS: dict[str, Callable[[Visit], dict[str, Any]]] = {
         second_question,
         slider,
         own_trait,
+        rewards,
         candidates,
         cancel,
         progress,

@@ -20,9 +20,9 @@ from tests.decoding.value_lms import VOCABULARY, TinyValueLM
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def lm() -> Any:
-    return TinyValueLM(CPU)
+@pytest.fixture(scope="module", params=[False, True], ids=["masked", "pass"])
+def lm(request: pytest.FixtureRequest) -> Any:
+    return TinyValueLM(CPU, has_pass=request.param)
 
 
 class Step:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from infer_align_kernels import PrefixTable, sibling_attention_at
 from infer_align_kernels.sibling_attention import triton
 from tests.kernels import float64
 from tests.kernels.test_sibling_attention import TOLERANCE, case
@@ -73,3 +74,32 @@ def test_strided_numbers_of_a_head_are_refused() -> None:
     inputs[1] = inputs[1].transpose(2, 3).contiguous().transpose(2, 3)
     with pytest.raises(ValueError, match="contiguous"):
         triton.sibling_attention(*inputs, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 4, 2, 5, 70, 24), (2, 6, 1, 13, 3, 5), (2, 2, 2, 3, 0, 4), (4, 4, 2, 3, 530, 16)],
+    ids=str,
+)
+def test_a_table_gives_the_bits_of_the_tensors_and_padding_changes_no_row(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    inputs = case(*shape, dtype)
+    expected = triton.sibling_attention(*inputs, scale=0.25)
+    result = by_table(inputs, capacity=1024)
+    assert torch.equal(result[: shape[0]], expected)
+    assert result[shape[0] :].isfinite().all()
+
+
+def by_table(inputs: tuple[torch.Tensor, ...], capacity: int) -> torch.Tensor:
+    """Attend with a table of two layers, the second of which is used, and two rows of padding."""
+    query, keys, values, own_keys, own_values, lengths = inputs
+    table = PrefixTable(2, query.shape[-1], query.dtype, query.device)
+    padded = [torch.cat([each, each[:1], each[:1]]) for each in (query, own_keys, own_values)]
+    padded_lengths = torch.cat([lengths, torch.zeros(2, dtype=lengths.dtype)])
+    unread = torch.full_like(keys, torch.nan)
+    with table.pointing_to([unread, keys], [unread, values]):
+        return sibling_attention_at(
+            padded[0], table, 1, padded[1], padded[2], padded_lengths, capacity, 0.25
+        )

@@ -54,6 +54,32 @@ def test_the_role_is_sent_once_per_choice() -> None:
     assert [c["delta"]["content"] for c in deltas if "role" not in c["delta"]] == ["a", "b", "c"]
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"content": "mice"}, ""),
+        ({"content": "", "tool_calls": []}, ""),
+        ({"content": "Wait.", "tool_calls": [CALL]}, ""),
+        ({"content": None, "tool_calls": [CALL]}, None),
+        ({"content": "", "tool_calls": [CALL]}, None),
+        ({"tool_calls": [CALL]}, None),
+        ({"content": None, "function_call": CALL["function"]}, None),
+    ],
+)
+def test_the_content_is_null_where_a_message_begins_with_a_call(message: Any, content: Any) -> None:
+    choice = {"message": {"role": "assistant", **message}, "finish_reason": "stop"}
+    streams = [writer(request_of()).delta(Delta(0, {"delta": message}))]
+    for align, deltas in ((None, True), ({"best_of_n": {"n": 2}}, False)):
+        request = request_of(align=align)
+        streams.append(writer(request, deltas=deltas).ending([respond(request, choice)]))
+    for events in streams:
+        first = chunks_of(events)[0]["choices"][0]["delta"]
+        assert first == {"role": "assistant", "content": content}
+
+
 def test_text_completions_have_no_role() -> None:
     out = writer(request_of("completion"))
     (chunk,) = chunks_of(out.delta(Delta(0, {"text": "a"})))
