@@ -308,11 +308,9 @@ def _candidate_launches() -> list[Launch]:
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": MAX_SLOTS, "SCATTER": True}),
         launch(candidates.value_reweight_apply_kernel, apply, apply_constants),
-        launch(tile, tiles, {**tile_constants, "SLOTS": value_reweight.MANY_SLOTS}),
-        launch(
-            tile,
-            value_reweight.candidates_tiles(MAX_SLOTS),
-            {**tile_constants, "SLOTS": MAX_SLOTS},
+        *(
+            launch(tile, value_reweight.candidates_tiles(slots), {**tile_constants, "SLOTS": slots})
+            for slots in (value_reweight.MANY_SLOTS, MAX_SLOTS)
         ),
         launch(tile, tiles, {**tile_constants, "SLOTS": 32}),
         launch(tile, tiles, {**tile_constants, "SLOTS": 32}, float_type="*fp32"),

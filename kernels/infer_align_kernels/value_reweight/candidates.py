@@ -77,13 +77,13 @@ def steer_tile(
             slots = first + tl.arange(0, SLOTS_AT_ONCE)
             candidates = tl.load(ids + row * K + slots, mask=slots < K, other=-1).to(tl.int32)
             shift = tl.load(shifts + row * K + slots, mask=slots < K, other=0.0)
-            left = candidates_between(candidates, start, start + TOKENS)
-            candidate = tl.min(left, axis=0)
+            remaining = candidates_between(candidates, start, start + TOKENS)
+            candidate = tl.min(remaining, axis=0)
             while candidate < NO_INDEX:
-                of_candidate = tl.sum(tl.where(left == candidate, shift, 0.0), axis=0)
+                of_candidate = tl.sum(tl.where(remaining == candidate, shift, 0.0), axis=0)
                 x = tl.where(tokens == candidate, frozen + of_candidate, x)
-                left = tl.where(left == candidate, NO_INDEX, left)
-                candidate = tl.min(left, axis=0)
+                remaining = tl.where(remaining == candidate, NO_INDEX, remaining)
+                candidate = tl.min(remaining, axis=0)
     return x
 
 
@@ -241,13 +241,13 @@ def value_reweight_candidates_tile_kernel(
         for first in range(0, K, SLOTS_AT_ONCE):
             slots = first + tl.arange(0, SLOTS_AT_ONCE)
             candidates = tl.load(ids + row * K + slots, mask=slots < K, other=-1).to(tl.int32)
-            left = candidates_between(candidates, start, start + GROUP * TOKENS)
-            candidate = tl.min(left, axis=0)
+            remaining = candidates_between(candidates, start, start + GROUP * TOKENS)
+            candidate = tl.min(remaining, axis=0)
             # Few of the groups hold a candidate.
             while candidate < NO_INDEX:
                 x = tl.where(tokens == candidate, float("-inf"), x)
-                left = tl.where(left == candidate, NO_INDEX, left)
-                candidate = tl.min(left, axis=0)
+                remaining = tl.where(remaining == candidate, NO_INDEX, remaining)
+                candidate = tl.min(remaining, axis=0)
         peak = tl.max(tl.max(x, axis=0), axis=1)
         total = tl.sum(tl.sum(weigh(x, peak[None, :, None], scale), axis=0), axis=1)
         pointers = statistics + row * T + tiles
@@ -260,13 +260,13 @@ def replace_candidates(x, ids, candidate_logits, row, B, K, start, tokens, TOKEN
     """Return the logits of one tile of a row with the steered ones of its candidates."""
     for first in range(0, K, SLOTS_AT_ONCE):
         candidates, steered, _ = load_candidates(ids, candidate_logits, row, B, K, first)
-        left = candidates_between(candidates, start, start + TOKENS)
-        candidate = tl.min(left, axis=0)
+        remaining = candidates_between(candidates, start, start + TOKENS)
+        candidate = tl.min(remaining, axis=0)
         while candidate < NO_INDEX:
-            logit = tl.max(tl.where(left == candidate, steered, float("-inf")), axis=0)
+            logit = tl.max(tl.where(remaining == candidate, steered, float("-inf")), axis=0)
             x = tl.where(tokens == candidate, logit, x)
-            left = tl.where(left == candidate, NO_INDEX, left)
-            candidate = tl.min(left, axis=0)
+            remaining = tl.where(remaining == candidate, NO_INDEX, remaining)
+            candidate = tl.min(remaining, axis=0)
     return x
 
 
