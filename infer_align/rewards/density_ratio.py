@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
+
 from infer_align.decoding.sequences import SequenceQuery
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, InvalidRequest
@@ -39,6 +41,7 @@ from infer_align.rewards._sequences import (
 )
 from infer_align.types import Body, Candidate, Kind, Messages
 
+EMPTY = "an empty answer has no word to compare"
 SAME_CONTEXTS = (
     "compares a context with itself, so every score would be 0; set a prompt that differs from "
     "negative_prompt"
@@ -150,7 +153,10 @@ class DensityRatioReward(SequenceReward):
         return tokens
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """Return [1, 1, N] log-ratios. An empty answer scores 0."""
+        """Return [1, 1, N] log-ratios. An empty answer is not scored, unless all are empty.
+
+        Its ratio is 0 whatever the contexts are, so it would win over answers that they disfavour.
+        """
         config = self.config
         better, worse = await asyncio.gather(
             self._read(config.engine, messages, candidates, config.prompt),
@@ -169,7 +175,8 @@ class DensityRatioReward(SequenceReward):
                 ratio /= max(1, len(first.logprobs))
             values.append(ratio)
             errors.append(first.error or second.error)
-        return scores(values, better.usage + worse.usage, errors)
+        result = scores(values, better.usage + worse.usage, errors)
+        return _without_empty(result, [bool(each.text.strip()) for each in candidates])
 
     async def _read(
         self, name: str, messages: Messages, candidates: Sequence[Candidate], prompt: str | None
@@ -188,6 +195,18 @@ class DensityRatioReward(SequenceReward):
         """Return the body of one context, for the model that reads."""
         body = answer_body(engine, messages, candidate, prompt)
         return body if self.model is None else {**body, "model": self.model}
+
+
+def _without_empty(result: RewardScores, have_text: Sequence[bool]) -> RewardScores:
+    """Return the scores of the answers that have a text; all scores if none has."""
+    if all(have_text) or not any(have_text):
+        return result
+    notes = list(result.notes)
+    for index, has_text in enumerate(have_text):
+        if not has_text:
+            notes[index] = notes[index] or EMPTY
+    values = np.where(have_text, result.values, np.nan)
+    return replace(result, values=values, notes=tuple(notes))
 
 
 def _description(config: DensityRatio) -> str:

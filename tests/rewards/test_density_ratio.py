@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infer_align.engines.fake import Fake, FakeEngine, ScriptedWords
+from infer_align.config import Limits
+from infer_align.engines.fake import Fake, FakeEngine, Reply, ScriptedWords
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
-from infer_align.rewards.density_ratio import DensityRatio, DensityRatioReward
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
+from infer_align.flow.run import align
+from infer_align.rewards.density_ratio import EMPTY, DensityRatio, DensityRatioReward
 from infer_align.types import Candidate, Capability
 
 pytestmark = pytest.mark.anyio
@@ -35,10 +39,10 @@ async def reward_on(engine: FakeEngine, **section: Any) -> DensityRatioReward:
 async def test_the_score_is_the_difference_of_two_log_probabilities() -> None:
     engine = Fake(words=WORDS).load()
     reward = await reward_on(engine, prompt="Answer politely.")
-    scores = await reward.score(ASK, answers("yes please", "no", ""))
+    scores = await reward.score(ASK, answers("yes please", "no"))
     # Without the prompt every word has -1.
-    np.testing.assert_allclose(scores.values[0, 0], [-0.75 + 2.0, -2.0 + 1.0, 0.0])
-    assert scores.notes == (None, None, None)
+    np.testing.assert_allclose(scores.values[0, 0], [-0.75 + 2.0, -2.0 + 1.0])
+    assert scores.notes == (None, None)
     first, second = engine.sequence_queries
     assert first.body["messages"] == [{"role": "system", "content": "Answer politely."}, *ASK]
     assert second.body["messages"] == ASK
@@ -46,8 +50,29 @@ async def test_the_score_is_the_difference_of_two_log_probabilities() -> None:
 
 async def test_the_mean_is_per_token_of_the_first_engine() -> None:
     reward = await reward_on(Fake(words=WORDS).load(), prompt="politely", per_token=True)
-    scores = await reward.score(ASK, answers("yes please", "no", ""))
-    np.testing.assert_allclose(scores.values[0, 0], [1.25 / 2, -1.0, 0.0])
+    scores = await reward.score(ASK, answers("yes please", "no"))
+    np.testing.assert_allclose(scores.values[0, 0], [1.25 / 2, -1.0])
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+async def test_an_empty_answer_is_scored_only_among_empty_ones(per_token: bool) -> None:
+    reward = await reward_on(Fake(words=WORDS).load(), prompt="politely", per_token=per_token)
+    scores = await reward.score(ASK, answers("", "no", " \n"))
+    np.testing.assert_allclose(scores.values[0, 0], [np.nan, -1.0, np.nan])
+    assert scores.notes == (EMPTY, None, EMPTY)
+    scores = await reward.score(ASK, answers("", ""))
+    np.testing.assert_allclose(scores.values[0, 0], [0.0, 0.0])
+    assert scores.notes == (None, None)
+
+
+@pytest.mark.parametrize(("texts", "returned"), [(("", "no"), "no"), (("", ""), "")])
+async def test_an_empty_answer_does_not_win(texts: tuple[str, ...], returned: str) -> None:
+    engine = Fake(replies=tuple(Reply(text) for text in texts), words=WORDS).load()
+    rewards = {"polite": await reward_on(engine, prompt="politely")}
+    request = parse_request({"messages": ASK, "align": {"best_of_n": {"n": 2}}}, "chat", presets={})
+    plan = make_plan(request, engine, rewards, {"polite": 1.0}, Limits())
+    response = await align(plan, engine)
+    assert [candidate.text for candidate in response.returned] == [returned]
 
 
 async def test_both_prompts_end_the_system_message_of_the_client() -> None:
