@@ -139,8 +139,15 @@ def test_a_table_holds_its_tensors_only_while_it_points_to_them() -> None:
             keys.stride(0),
             keys.stride(1),
             5,
+            0,
         ]
     assert table.keys == table.values == ()
+
+
+def test_the_rows_of_a_table_are_aligned_alike() -> None:
+    # Otherwise Triton compiles the kernel once more for every other layer.
+    entries = PrefixTable(3, 8, torch.bfloat16, torch.device("cpu")).entries
+    assert len({entry.data_ptr() % 16 for entry in entries}) == 1
 
 
 @pytest.mark.parametrize(
