@@ -76,17 +76,28 @@ def part_text(part: object) -> str | None:
 
 
 def prepend_text(text: str, content: object) -> str | list[Any]:
-    """Return the content of a message, text or a list of parts, after a text of its own."""
-    if isinstance(content, list):
+    """Return the content of a message, text or a list of parts, after a text of its own.
+
+    It joins a text part: vLLM would set a part of its own apart by one more line break.
+    """
+    if not isinstance(content, list):
+        return f"{text}\n\n{content}" if content else text
+    if not any(map(_is_text, content[:1])):
         return [{"type": "text", "text": f"{text}\n\n"}, *content]
-    return f"{text}\n\n{content}" if content else text
+    return [{**content[0], "text": f"{text}\n\n{content[0]['text']}"}, *content[1:]]
 
 
 def append_text(content: object, text: str) -> str | list[Any]:
-    """Return the content of a message, text or a list of parts, before a text of its own."""
-    if isinstance(content, list):
+    """Return the content of a message before a text of its own; see `prepend_text`."""
+    if not isinstance(content, list):
+        return f"{content}\n\n{text}" if content else text
+    if not any(map(_is_text, content[-1:])):
         return [*content, {"type": "text", "text": f"\n\n{text}"}]
-    return f"{content}\n\n{text}" if content else text
+    return [*content[:-1], {**content[-1], "text": f"{content[-1]['text']}\n\n{text}"}]
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and bool(part.get("text"))
 
 
 def with_instruction(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from infer_align.messages import (
+    append_text,
     calls_as_text,
     message_text,
     normalize,
+    prepend_text,
     render,
     text_of,
     text_with_placeholders,
@@ -35,6 +39,40 @@ def custom(text: str | None) -> dict:
 
 def calling(*calls: dict, content: object = None) -> dict:
     return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+def part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("content", "prepended", "appended"),
+    [
+        (None, "new", "new"),
+        ("", "new", "new"),
+        ("old", "new\n\nold", "old\n\nnew"),
+        # A part of its own would get a line break of vLLM's.
+        ([part("old")], [part("new\n\nold")], [part("old\n\nnew")]),
+        (
+            [part("a"), part("b")],
+            [part("new\n\na"), part("b")],
+            [part("a"), part("b\n\nnew")],
+        ),
+        (
+            [{**part("old"), "cache_control": {}}],
+            [{**part("new\n\nold"), "cache_control": {}}],
+            [{**part("old\n\nnew"), "cache_control": {}}],
+        ),
+        ([], [part("new\n\n")], [part("\n\nnew")]),
+        ([IMAGE], [part("new\n\n"), IMAGE], [IMAGE, part("\n\nnew")]),
+        (PARTS, [part("new\n\nLook: "), *PARTS[1:]], [*PARTS[:2], part("nice\n\nnew")]),
+    ],
+)
+def test_a_text_is_added_to_the_content(content: Any, prepended: Any, appended: Any) -> None:
+    before = copy.deepcopy(content)
+    assert prepend_text("new", content) == prepended
+    assert append_text(content, "new") == appended
+    assert content == before
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ FAILED = "failed"
 OUT_OF_TIME = "out of time"
 BLOCKED = "blocked"
 TESTS = "tests of the kernels"
+GRAPHS = "tests of the graphs of a value LM"
 BEGIN = "write an 8B model and begin to start vLLM"
 START = "wait for vLLM"
 KERNELS = ("top_candidates", "steer_logits", "value_reweight", "sibling_attention")
@@ -67,7 +68,7 @@ def all_parts() -> tuple[Part, ...]:
     parts = [
         _tests(TESTS, "tests/kernels/test_on_gpu.py"),
         _tests("tests of steering", *STEERING_TESTS),
-        _tests("tests of the graphs of a value LM", GRAPH_TESTS),
+        _tests(GRAPHS, GRAPH_TESTS),
         _tests("tests of the embedded engine", ENGINE_TESTS),
     ]
     for kernel in KERNELS:
@@ -77,6 +78,8 @@ def all_parts() -> tuple[Part, ...]:
     parts.append(
         Part("measure the embedded engine", ("-m", "benchmarks.gpu.embedded"), 60.0, TESTS)
     )
+    arguments = ("-m", "benchmarks.gpu.value_lm_pass", "--seconds", MEASURED_SECONDS)
+    parts.append(Part("measure the pass of a value LM", arguments, 60.0, GRAPHS))
     return (*parts, *_vllm_parts())
 
 

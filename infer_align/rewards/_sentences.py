@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -82,7 +83,7 @@ class _Reading(NamedTuple):
 
 
 class SentenceEncoder:
-    """A loaded encoder.
+    """A loaded encoder. It may be used from any thread.
 
     Attributes:
         size: number of entries of a vector.
@@ -103,6 +104,8 @@ class SentenceEncoder:
         path = model_folder(settings.model, field)
         _check_pooling(path, settings.pooling, field)
         self._settings = settings
+        # A tokenizer keeps the truncation and the padding of its last call.
+        self._tokenizing = Lock()
         self._tokenizer, loaded = _load(settings, path, field)
         self._model: Any = loaded.to(pick_device(device)).eval()
         self.size = int(loaded.config.get_text_config().hidden_size)
@@ -138,9 +141,10 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def _embed(self, texts: list[str]) -> Array:
-        encoded = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self._model.device)
+        with self._tokenizing:
+            limits = {"truncation": True, "max_length": self.max_length}
+            encoded = self._tokenizer(texts, padding=True, return_tensors="pt", **limits)
+        encoded = encoded.to(self._model.device)
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
         if not ids.shape[1]:
             return np.zeros((len(texts), self.size))
@@ -171,10 +175,10 @@ class SentenceEncoder:
         return [encoded[index] for index in range(len(readings))]
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
-        # `verbose` would print a warning for every text over the tokenizer's own limit.
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)[
-            "input_ids"
-        ]
+        with self._tokenizing:
+            # `verbose` would print a warning for every text over the tokenizer's own limit.
+            encoded = self._tokenizer(text, add_special_tokens=special, verbose=False)
+        ids: list[int] = encoded["input_ids"]
         return ids
 
     def _reading(self, messages: Messages, answer: str) -> _Reading:

@@ -122,7 +122,11 @@ class _Buffers:
 
 
 class SiblingPass:
-    """The pass of one value LM. Its methods may be called in any thread."""
+    """The pass of one value LM. Its methods may be called in any thread.
+
+    Attributes:
+        graphs: of the pass, by its size.
+    """
 
     def __init__(
         self, name: str, forward: Forward, heads: int, shape: CacheShape, device: torch.device
@@ -141,16 +145,11 @@ class SiblingPass:
         self._shape = shape
         self._device = device
         self._prefixes = PrefixTable(shape.layers, shape.dim, shape.dtype, device)
-        self._graphs = StepGraphs(name, device)
+        self.graphs = StepGraphs(name, device)
         # Made at the first use.
         self._buffers: _Buffers | None = None
         # Two threads would write to the same buffers.
         self._running = threading.Lock()
-
-    @property
-    def graph_count(self) -> int:
-        """Return the number of sizes that are replayed from a graph."""
-        return len(self._graphs)
 
     @torch.inference_mode()
     def read(self, ids: torch.Tensor, cache: Any, lengths: Sequence[int]) -> ReadSiblings:
@@ -171,7 +170,7 @@ class SiblingPass:
             if self._buffers is None:
                 self._buffers = self._make_buffers(MAX_SIBLINGS)
             step = self._buffers.step(_padded_rows(rows, k), k)
-            self._run(step, ids, cache, lengths, self._graphs)
+            self._run(step, ids, cache, lengths, self.graphs)
             return ReadSiblings(step.values[:rows].clone(), step.columns[:, :, :rows].clone())
 
     def _make_buffers(self, siblings: int) -> _Buffers:

@@ -84,13 +84,16 @@ class StepGraphs:
 
     If a size cannot be captured, one warning is logged, and every size without a graph runs eagerly
     from then on.
+
+    Attributes:
+        may_capture: True if further sizes may be captured.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         """Take the name of the step, for the warning, and the device on which it runs."""
         self._name = name
         self._device = device
-        self._may_capture = True
+        self.may_capture = True
         self._uses: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         # All graphs share one stream and one pool of memory, which the first capture makes. They
@@ -121,7 +124,7 @@ class StepGraphs:
 
     def _is_due(self, size: Hashable) -> bool:
         """Count a use, and return True if the size is worth a graph now."""
-        if not self._may_capture or len(self._graphs) >= MAX_GRAPHS:
+        if not self.may_capture or len(self._graphs) >= MAX_GRAPHS:
             return False
         self._uses[size] += 1
         return self._uses[size] >= CAPTURED_AT_USE
@@ -133,7 +136,7 @@ class StepGraphs:
         # CUDA, a kernel or the model's code may refuse a capture in any way. Without a graph, the
         # step gives the same results; an error that is not about the capture comes again there.
         except Exception as error:
-            self._may_capture = False
+            self.may_capture = False
             log.warning(
                 "%s: a step cannot be captured in a CUDA graph, so its steps take longer, with the "
                 "same results: %s: %s",

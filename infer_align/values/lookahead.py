@@ -69,6 +69,7 @@ class ValueLM:
         summary: what the fit has measured; None if it is not recorded.
         folder_version: version of the folder that was loaded, from `folder_version`.
         cell_bytes: bytes of keys and values per token.
+        cell_shape: their shape; None if the layers differ.
         sibling_pass: reads siblings with the kernel `sibling_attention`, as on a GPU. None on a CPU
             and for models without transformers' interface of attentions, where attention is masked.
     """
@@ -100,18 +101,18 @@ class ValueLM:
         self.description: str = card.get("description", "")
         summary = card.get("summary")
         self.summary: dict[str, Any] | None = summary if isinstance(summary, dict) else None
-        self.cell_bytes, shape = self._measure_cell(path)
+        self.cell_bytes, self.cell_shape = self._measure_cell(path)
         self.sibling_pass: SiblingPass | None = None
         if runs_triton(self.lm.device):
-            self.use_sibling_pass(path, shape)
+            self.use_sibling_pass(path)
 
-    def use_sibling_pass(self, name: str, shape: CacheShape | None) -> None:
+    def use_sibling_pass(self, name: str) -> None:
         """Read siblings with the kernel `sibling_attention`, if the model allows it.
 
         Args:
             name: of the value LM, for a warning.
-            shape: of its keys and values; None if its layers differ.
         """
+        shape = self.cell_shape
         layers = getattr(self.lm.config.get_text_config(), "num_hidden_layers", None)
         # A layer without keys and values of its own reads those of another one.
         if shape is None or shape.layers != layers or not supports_siblings(self.lm):

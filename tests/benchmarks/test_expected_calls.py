@@ -73,7 +73,8 @@ class SmallValueLM(ValueLM):
         self._weight = torch.ones(1, 64)
         self._bias = torch.zeros(1)
         self.sibling_pass = None
-        self.use_sibling_pass("small", self._measure_cell("small")[1])
+        self.cell_bytes, self.cell_shape = self._measure_cell("small")
+        self.use_sibling_pass("small")
 
 
 def work(counted: CountedCalls) -> int:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import record as recording
-from benchmarks.gpu import embedded, held_server, steering
+from benchmarks.gpu import embedded, held_server, steering, value_lm_pass
 from benchmarks.gpu.parts import ROOT
 from benchmarks.record import problems
 
@@ -41,6 +42,14 @@ def test_the_embedded_engine_is_measured(results: Path) -> None:
     rows = read_record(results / "gpu_embedded.json")["rows"]
     assert len(rows) == 3
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_the_pass_of_a_value_lm_is_measured(results: Path) -> None:
+    value_lm_pass.main(["--tiny", "--seconds", "0"])
+    content = read_record(results / "gpu_value_lm_pass.json")
+    (row,) = content["rows"]
+    assert row["value"] > 0
+    assert content["setup"]["graphs"] == (1 if torch.cuda.is_available() else 0)
 
 
 @pytest.fixture(scope="module")

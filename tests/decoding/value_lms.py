@@ -40,9 +40,10 @@ class TinyValueLM(ValueLM):
         self.heads = torch.randn((16, HEADS), device=device)
         self._weight = self.heads.T
         self._bias = torch.zeros(HEADS, device=device)
+        self.cell_bytes, self.cell_shape = self._measure_cell("tiny")
         self.sibling_pass = None
         if has_pass:
-            self.use_sibling_pass("tiny", self._measure_cell("tiny")[1])
+            self.use_sibling_pass("tiny")
             assert self.sibling_pass is not None
 
     def value(self, ids: list[int]) -> torch.Tensor:

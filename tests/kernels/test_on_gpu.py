@@ -13,12 +13,14 @@ from infer_align_kernels import (
     CandidateValues,
     HeadTable,
     HeadValues,
+    PrefixTable,
     Sampled,
     SteeredRows,
     Workspace,
     add_head_values,
     reweight_logits,
     sibling_attention,
+    sibling_attention_at,
     steer_logits,
     top_candidates,
     value_reweight,
@@ -52,6 +54,11 @@ def to_gpu(value: Any) -> Any:
         arguments = [to_gpu(getattr(value, field.name)) for field in fields(value)]
         return type(value)(*arguments)
     return value
+
+
+def to_gpu_all(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Copy tensors to the GPU."""
+    return tuple(tensor.cuda() for tensor in tensors)
 
 
 def assert_close(result: Sampled, expected: Sampled) -> None:
@@ -173,6 +180,39 @@ def test_sibling_attention_matches_the_cpu(shape: tuple[int, ...], dtype: torch.
     result = sibling_attention(*(tensor.cuda() for tensor in inputs)).cpu()
     expected = sibling_attention(*inputs)
     torch.testing.assert_close(result, expected, atol=10 * TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [24, 64, 128])
+def test_a_graph_of_sibling_attention_reads_the_prefix_that_its_table_points_to(
+    dim: int, dtype: torch.dtype
+) -> None:
+    rows, columns = 5, 1500
+    query, keys, values, own_keys, own_values, lengths = to_gpu_all(
+        case(rows, 8, 2, 20, columns, dim, dtype)
+    )
+    table = PrefixTable(3, dim, dtype, query.device)
+    capacity = 2048
+
+    def attend() -> torch.Tensor:
+        return sibling_attention_at(
+            query, table, 2, own_keys, own_values, lengths, capacity, dim**-0.5
+        )
+
+    graph = torch.cuda.CUDAGraph()
+    for used in (700, columns, 3):
+        # Another length, and another place in memory.
+        prefix = [each[:, :, -used:].contiguous() for each in (keys, values)]
+        lengths.copy_(lengths.clamp(max=used))
+        with table.pointing_to([prefix[0]] * 3, [prefix[1]] * 3):
+            expected = attend()
+            by_tensors = sibling_attention(query, *prefix, own_keys, own_values, lengths)
+            torch.testing.assert_close(expected, by_tensors, atol=TOLERANCE[dtype], rtol=0)
+            if used == 700:
+                with torch.cuda.graph(graph):
+                    captured = attend()
+            graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def by_sorting(logits: torch.Tensor, k: int) -> torch.Tensor:

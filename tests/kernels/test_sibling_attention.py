@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infer_align_kernels import sibling_attention
+from infer_align_kernels import PrefixTable, sibling_attention, sibling_attention_at
 from tests.kernels import float64
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -99,3 +99,87 @@ def test_an_argument_that_does_not_fit_is_named(
 def test_a_scale_that_is_not_positive_is_named(scale: float) -> None:
     with pytest.raises(ValueError, match=f"scale: {scale}"):
         sibling_attention(*case(1, 1, 1, 1, 1, 1, torch.float32), scale=scale)
+
+
+def by_table(
+    inputs: tuple[torch.Tensor, ...], padding: int, capacity: int = 1024, layer: int = 1
+) -> torch.Tensor:
+    """Attend with the second layer of a table, and with rows of padding after those of the case."""
+    query, keys, values, own_keys, own_values, lengths = inputs
+    table = PrefixTable(2, keys.shape[-1], keys.dtype, keys.device)
+    rows = [*range(len(query)), *[0] * padding]
+    padded_lengths = torch.cat([lengths, lengths.new_zeros(padding)])
+    own = (own_keys[rows], own_values[rows], padded_lengths)
+    with table.pointing_to([torch.zeros_like(keys), keys], [torch.zeros_like(values), values]):
+        return sibling_attention_at(query[rows], table, layer, *own, capacity)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("shape", [(3, 4, 2, 5, 7, 8), (2, 2, 2, 3, 0, 4)], ids=str)
+def test_a_table_gives_what_its_tensors_give(shape: tuple[int, ...], padding: int) -> None:
+    inputs = case(*shape, torch.float32)
+    result = by_table(inputs, padding)
+    assert len(result) == shape[0] + padding
+    torch.testing.assert_close(result[: shape[0]], sibling_attention(*inputs))
+    # Padding has no prefix, so it attends to itself.
+    alone = (inputs[0][:1], inputs[1][:1], inputs[2][:1], inputs[3][:1], inputs[4][:1])
+    expected = sibling_attention(*alone, torch.zeros(1, dtype=torch.int64))
+    for row in result[shape[0] :]:
+        torch.testing.assert_close(row[None], expected)
+
+
+def test_a_table_holds_its_tensors_only_while_it_points_to_them() -> None:
+    _, keys, values, *_ = case(2, 2, 2, 3, 5, 4, torch.float32)
+    table = PrefixTable(1, 4, torch.float32, keys.device)
+    with table.pointing_to([keys], [values]):
+        assert table.keys == (keys,)
+        assert table.entries[0].tolist() == [
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0),
+            keys.stride(1),
+            5,
+            0,
+        ]
+    assert table.keys == table.values == ()
+
+
+def test_the_rows_of_a_table_are_aligned_alike() -> None:
+    # Otherwise Triton compiles the kernel once more for every other layer.
+    entries = PrefixTable(3, 8, torch.bfloat16, torch.device("cpu")).entries
+    assert len({entry.data_ptr() % 16 for entry in entries}) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(2, 2, 5, 4, dtype=torch.float16), "prefix: torch.float16"),
+        (torch.zeros(2, 2, 5, 8), "contiguous columns of 4 numbers"),
+        (torch.zeros(2, 2, 5, 8)[..., ::2], "contiguous columns of 4 numbers"),
+        (torch.zeros(2, 2, 5, 8)[..., :4], "contiguous columns of 4 numbers"),
+        (torch.zeros(81)[1:].view(2, 2, 5, 4), "contiguous columns of 4 numbers"),
+        (torch.zeros(2, 2, 6, 4), "values like the keys"),
+    ],
+    ids=["dtype", "dim", "strided", "gaps", "unaligned", "columns"],
+)
+def test_a_prefix_that_no_table_can_hold_is_named(wrong: torch.Tensor, message: str) -> None:
+    _, _, values, *_ = case(2, 2, 2, 3, 5, 4, torch.float32)
+    table = PrefixTable(1, 4, torch.float32, values.device)
+    with pytest.raises(ValueError, match=message), table.pointing_to([wrong], [values]):
+        raise AssertionError("the tensors are refused")
+
+
+def test_a_query_that_does_not_fit_its_table_is_named() -> None:
+    inputs = case(2, 4, 2, 5, 7, 8, torch.float32)
+    with pytest.raises(ValueError, match="capacity: 6 is below the 7 columns"):
+        by_table(inputs, padding=0, capacity=6)
+    query, keys, values, *own = inputs
+    table = PrefixTable(1, 8, torch.bfloat16, keys.device)
+    halves = ([keys.bfloat16()], [values.bfloat16()])
+    with (
+        pytest.raises(ValueError, match=r"heads of 8 torch.float32 do not fit the table"),
+        table.pointing_to(*halves),
+    ):
+        sibling_attention_at(query, table, 0, *own, 1024)
+    with pytest.raises(ValueError, match="own_keys: shape"):
+        by_table((query, keys, values, own[0][:, :, :2], *own[1:]), padding=0)

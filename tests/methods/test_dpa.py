@@ -150,7 +150,7 @@ PARTS = [{"type": "text", "text": "Be kind."}]
             [
                 {
                     "role": "developer",
-                    "content": [{"type": "text", "text": f"{SENTENCE}\n\n"}, *PARTS],
+                    "content": [{"type": "text", "text": f"{SENTENCE}\n\nBe kind."}],
                     "name": "x",
                 },
                 USER,

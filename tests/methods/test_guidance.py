@@ -110,7 +110,8 @@ def test_the_prompt_follows_the_clients_own_system_message():
 def test_a_system_message_of_parts_gets_one_more_part():
     parts = [{"type": "text", "text": "Rhyme."}]
     system = context([{"role": "system", "content": parts}, {"role": "user", "content": "Hi"}])[0]
-    assert system["content"] == [*parts, {"type": "text", "text": "\n\nBe cheerful."}]
+    assert system["content"] == [{"type": "text", "text": "Rhyme.\n\nBe cheerful."}]
+    assert parts == [{"type": "text", "text": "Rhyme."}]
 
 
 def test_a_model_without_system_role_reads_the_prompt_in_the_first_user_message():

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -251,6 +252,20 @@ async def test_a_long_text_is_cut_with_a_note(encoder: Callable[..., Path]) -> N
     scores = await score(reward, "abcd" * 20, "a", "")
     assert scores.notes[:2] == ("truncated: read the first 8 tokens", None)
     assert np.isfinite(scores.values).all()
+
+
+async def test_requests_that_are_compared_at_once_do_not_disturb_each_other(
+    encoder: Callable[..., Path],
+) -> None:
+    folder = encoder(limits={"max_seq_length": 8})
+    reward = Agreement(by="embeddings", model=str(folder), device="cpu").load()
+    await reward.start()
+    texts = ["abcd" * 200, "a", "the owl eats mice " * 40]
+    expected = await score(reward, *texts)
+    for _ in range(10):
+        for scores in await asyncio.gather(*(score(reward, *texts) for _ in range(8))):
+            np.testing.assert_allclose(scores.values, expected.values, atol=1e-5)
+            assert scores.notes == expected.notes
 
 
 async def test_empty_answers_are_like_none_by_their_embeddings(

@@ -31,7 +31,7 @@ def inference() -> Iterator[None]:
 
 def value_lm(dtype: torch.dtype, *, has_graphs: bool) -> Any:
     lm: Any = TinyValueLM(torch.device("cuda", 0), has_pass=True, dtype=dtype)
-    lm.sibling_pass._graphs._may_capture = has_graphs
+    lm.sibling_pass.graphs.may_capture = has_graphs
     return lm
 
 
@@ -78,8 +78,8 @@ def test_replayed_steps_equal_eager_steps(
     with caplog.at_level(logging.WARNING, logger="infer_align"):
         replayed, expected = steps(replaying, count), steps(eager, count)
     assert [record.getMessage() for record in caplog.records] == []
-    assert replaying.sibling_pass.graph_count >= 2
-    assert eager.sibling_pass.graph_count == 0
+    assert len(replaying.sibling_pass.graphs) >= 2
+    assert len(eager.sibling_pass.graphs) == 0
     for first, second in zip(replayed, expected, strict=True):
         torch.testing.assert_close(first, second, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -98,7 +98,7 @@ def test_graphs_and_eager_steps_of_several_sizes_take_turns() -> None:
         results = [cache.siblings(ids.expand(len(cache.members), -1)) for cache in caches]
         for result, values in zip(results, expected, strict=True):
             torch.testing.assert_close(result, values, atol=1e-5, rtol=1e-5)
-    assert lm.sibling_pass.graph_count == 3
+    assert len(lm.sibling_pass.graphs) == 3
 
 
 def test_a_step_that_waits_runs_eagerly_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -169,6 +169,7 @@ def test_a_model_without_such_a_shape_keeps_masked_attention(device: torch.devic
     plain = TinyValueLM(device)
     own_attention = plain.lm.config._attn_implementation
     for shape in (None, CacheShape(1, 1, 8, torch.float32)):
-        plain.use_sibling_pass("tiny", shape)
+        plain.cell_shape = shape
+        plain.use_sibling_pass("tiny")
         assert plain.sibling_pass is None
     assert plain.lm.config._attn_implementation == own_attention

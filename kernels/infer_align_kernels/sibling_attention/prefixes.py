@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from infer_align_kernels.devices import staged
 
 # The numbers of one layer in the table: the addresses of its keys and of its values, their strides
-# by row and head, and the number of columns.
-LAYER = 5
+# by row and head, and the number of columns. A kernel is compiled once for all layers if their rows
+# are aligned alike, so the sixth number is not used.
+LAYER = 6
 # Bytes of one load of a GPU's thread, to which addresses and heads are aligned.
 ALIGNED_BYTES = 16
 
@@ -72,7 +73,7 @@ class PrefixTable:
             self._check(layer_keys, layer_values)
             strides = layer_keys.stride()[:2]
             addresses = (layer_keys.data_ptr(), layer_values.data_ptr())
-            rows[layer] = [*addresses, *strides, layer_keys.shape[2]]
+            rows[layer, :5] = [*addresses, *strides, layer_keys.shape[2]]
         self.keys, self.values = tuple(keys), tuple(values)
         self.entries.copy_(staged(rows, self.entries.device), non_blocking=True)
         try:
