@@ -40,7 +40,7 @@ SEVERAL_VALUES = 0.96
 # Microseconds of the host for our own Python.
 OWN_PYTHON = Range(10.0, 30.0)
 # Calls of torch in a steering step, which a test counts: memory, cast, product, views of tensors.
-STEERING_CALLS = 7
+STEERING_CALLS = 5
 STEERING_LAUNCHES = 2
 
 

@@ -49,7 +49,7 @@ def steer(
     caches: Mapping[ValueLM, ValueCache] = NO_CACHES,
     *,
     in_place: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Reweight the logits of the steered rows.
 
     Args:
@@ -61,10 +61,10 @@ def steer(
         in_place: True to write to `logits`; by default they stay unchanged.
 
     Returns:
-        [B, V] logits and [S, k] candidates. Rows that are not steered stay bit for bit the same.
+        [B, V] logits. Rows that are not steered stay bit for bit the same.
     """
     valued = value_candidates(logits, hidden, batch, caches)
-    return add_values(logits, hidden, batch, valued, in_place=in_place), valued.ids
+    return add_values(logits, hidden, batch, valued, in_place=in_place)
 
 
 def value_candidates(
@@ -72,14 +72,16 @@ def value_candidates(
     hidden: torch.Tensor,
     batch: SteeringBatch,
     caches: Mapping[ValueLM, ValueCache] = NO_CACHES,
-) -> ValuedCandidates:
-    """Select and value the candidates of the steered rows; see `steer` for the arguments."""
-    rows = batch.rows
+) -> ValuedCandidates | None:
+    """Select and value the candidates of the steered rows; see `steer` for the arguments.
+
+    Returns:
+        The candidates; None if every steered row is dense or fused, so that `add_dense` or
+        `FusedSteering.add` steers it.
+    """
     if not batch.k:
-        # Every steered row is dense or fused: `add_dense` or `FusedSteering.add` steers it.
-        count = len(logits) if rows is None else len(rows)
-        ids = torch.empty((count, 0), dtype=torch.int64, device=logits.device)
-        return ValuedCandidates(ids, torch.empty((0, count, 0), device=logits.device))
+        return None
+    rows = batch.rows
     frozen = logits if rows is None else logits.index_select(0, rows)
     ids = top_candidates(frozen, batch.k)
     # All weights are 0: there is nothing to add.
@@ -93,7 +95,7 @@ def add_values(
     logits: torch.Tensor,
     hidden: torch.Tensor,
     batch: SteeringBatch,
-    valued: ValuedCandidates,
+    valued: ValuedCandidates | None,
     *,
     in_place: bool,
 ) -> torch.Tensor:
@@ -110,7 +112,7 @@ def _add_all_values(
     logits: torch.Tensor,
     hidden: torch.Tensor,
     batch: SteeringBatch,
-    valued: ValuedCandidates,
+    valued: ValuedCandidates | None,
     *,
     in_place: bool,
 ) -> torch.Tensor:
@@ -122,7 +124,7 @@ def _add_all_values(
         add_dense(logits, hidden, batch.dense)
     if batch.fused is not None:
         batch.fused.add(logits, hidden)
-    if not batch.values or not batch.k:
+    if valued is None or not batch.values:
         return logits
     return _add_to_candidates(logits, batch, valued, in_place=in_place)
 

@@ -10,7 +10,7 @@ import torch
 
 from infer_align.decoding.dense_steering import DENSE, candidate_count
 from infer_align.decoding.fused_steering import FusedSteerer
-from infer_align.decoding.steering import steer
+from infer_align.decoding.steering import steer, value_candidates
 from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.methods.vas import reweight
 from infer_align.steering import Steering
@@ -94,9 +94,10 @@ def test_a_mixed_batch_equals_the_definition(
 ) -> None:
     batch = SteeringBatch.build(heads, BETA, TOP_K, MASKED, device, min_p=MIN_P, steerer=steerer)
     original = logits.clone()
-    steered, candidates = steer(logits, hidden, batch, in_place=in_place)
+    # With the one call, no row has its candidates valued apart.
+    assert (value_candidates(logits, hidden, batch) is None) == (steerer is not None)
+    steered = steer(logits, hidden, batch, in_place=in_place)
     assert torch.equal(logits, original) != in_place
-    assert candidates.shape == (ROWS, 0 if steerer else 4)
     # Every row but those with all of their tokens valued is in the one call.
     assert (batch.fused is not None) == (steerer is not None)
     assert batch.dense is not None
@@ -116,8 +117,8 @@ def test_a_batch_of_dense_rows_alone_equals_the_definition(
     batch = SteeringBatch.build(heads, BETA[one], TOP_K[one], MASKED[one], device, min_p=MIN_P[one])
     assert batch.dense is not None
     assert batch.dense.rows is None
-    steered, candidates = steer(logits[one], hidden[one], batch)
-    assert candidates.shape == (1, 0)
+    assert value_candidates(logits[one], hidden[one], batch) is None
+    steered = steer(logits[one], hidden[one], batch)
     expected = definition(heads, logits[row], hidden[row], row)
     np.testing.assert_allclose(steered[0].cpu().numpy(), expected, atol=1e-4)
 
@@ -137,10 +138,12 @@ def test_rows_with_a_number_of_candidates_can_stay_out_of_the_one_call(
     )
     assert batch.fused is not None
     original = logits.clone()
-    steered, candidates = steer(logits, hidden, batch)
+    steered = steer(logits, hidden, batch)
     assert torch.equal(logits, original)
     best = original[3].argsort(descending=True)[:4]
-    assert torch.equal(candidates[3], best)
+    valued = value_candidates(logits, hidden, batch)
+    assert valued is not None
+    assert torch.equal(valued.ids[3], best)
     expect(steered, heads, original, hidden)
 
 
@@ -166,7 +169,7 @@ def test_selected_rows_of_a_larger_batch(
         steerer,
     )
     original = logits.clone()
-    steered, _ = steer(logits, hidden, batch, in_place=True)
+    steered = steer(logits, hidden, batch, in_place=True)
     expect(steered[indices], heads, original[indices], hidden[indices], rows)
     others = np.setdiff1d(np.arange(ROWS), indices)
     assert torch.equal(steered[others], original[others])
@@ -198,7 +201,7 @@ def test_a_record_made_on_the_device_gives_the_same(
         steerer=steerer,
     )
     frozen, states = logits[indices], hidden[indices]
-    steered, _ = steer(frozen, states, batch)
+    steered = steer(frozen, states, batch)
     expect(steered, heads, frozen, states, rows)
 
 
@@ -211,8 +214,8 @@ def test_all_tokens_equal_a_top_k_of_the_vocabulary(
     dense = SteeringBatch.build(
         heads, beta, np.full(ROWS, DENSE), masked, device, min_p=np.zeros(ROWS, np.float32)
     )
-    expected, _ = steer(logits, hidden, every)
-    steered, _ = steer(logits, hidden, dense)
+    expected = steer(logits, hidden, every)
+    steered = steer(logits, hidden, dense)
     torch.testing.assert_close(steered, expected, atol=1e-4, rtol=1e-4)
 
 

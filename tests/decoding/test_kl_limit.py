@@ -72,11 +72,11 @@ def test_each_row_keeps_its_own_limit(
 ) -> None:
     device = logits.device
     free = SteeringBatch.build([head], BETA, TOP_K, MASKED, device, min_p=MIN_P)
-    without, _ = steer(logits, hidden, free)
+    without = steer(logits, hidden, free)
     assert sum(divergence(without[row].cpu(), logits[row].cpu()) > MAX_KL[row] for row in range(5))
     batch = SteeringBatch.build([head], BETA, TOP_K, MASKED, device, min_p=MIN_P, max_kl=MAX_KL)
     original = logits.clone()
-    steered, _ = steer(logits, hidden, batch, in_place=in_place)
+    steered = steer(logits, hidden, batch, in_place=in_place)
     assert torch.equal(logits, original) != in_place
     expect_limits(steered, without, original)
 
@@ -97,7 +97,7 @@ def test_rows_of_a_larger_batch_and_a_record_made_on_the_device(
         min_p=MIN_P[some],
         max_kl=MAX_KL[some],
     )
-    steered, _ = steer(logits, hidden, batch)
+    steered = steer(logits, hidden, batch)
     assert torch.equal(steered[4], logits[4])
     beta, top_k, min_p, max_kl = (
         torch.from_numpy(array).to(device) for array in (BETA, TOP_K, MIN_P, MAX_KL)
@@ -105,7 +105,7 @@ def test_rows_of_a_larger_batch_and_a_record_made_on_the_device(
     on_device = SteeringBatch.build_on_device(
         [head], beta, top_k, None, 4, min_p=min_p, max_kl=max_kl
     )
-    again, _ = steer(logits, hidden, on_device)
+    again = steer(logits, hidden, on_device)
     torch.testing.assert_close(again, steered, atol=1e-3, rtol=1e-3)
     assert torch.equal(again[3:], steered[3:])
 

@@ -8,7 +8,7 @@ import torch
 
 from infer_align.decoding.device import upload
 from infer_align.decoding.estimates import expected_values
-from infer_align.decoding.steering import steer
+from infer_align.decoding.steering import steer, value_candidates
 from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.methods.vas import reweight
 from infer_align.values.head import HeadValue, read
@@ -69,9 +69,11 @@ def test_each_row_is_steered_by_its_own_values(
 ) -> None:
     batch = SteeringBatch.build(heads, BETA, TOP_K, MASKED, device)
     original = logits.clone()
-    steered, candidates = steer(logits, hidden, batch)
-    assert torch.equal(logits, original), "without `out`, the logits stay unchanged"
-    assert candidates.shape == (ROWS, 9)
+    steered = steer(logits, hidden, batch)
+    assert torch.equal(logits, original), "without `in_place`, the logits stay unchanged"
+    valued = value_candidates(logits, hidden, batch)
+    assert valued is not None
+    assert valued.ids.shape == (ROWS, 9)
     expect(steered, heads, original, hidden)
 
 
@@ -86,8 +88,10 @@ def test_a_selection_of_rows_gives_the_same(
     rows = np.array([0, 1, 2])
     batch = SteeringBatch.build(heads, BETA[rows], TOP_K[rows], MASKED[rows], device, rows)
     original = logits.clone()
-    steered, candidates = steer(logits, hidden, batch, in_place=in_place)
-    assert candidates.shape == (3, 9)
+    valued = value_candidates(logits, hidden, batch)
+    assert valued is not None
+    assert valued.ids.shape == (3, 9)
+    steered = steer(logits, hidden, batch, in_place=in_place)
     assert (steered.data_ptr() == logits.data_ptr()) == in_place
     expect(steered, heads, original, hidden)
 
@@ -97,7 +101,7 @@ def test_without_values_nothing_changes(
 ) -> None:
     no_values = np.zeros((ROWS, 0), np.float32)
     batch = SteeringBatch.build([], no_values, TOP_K, MASKED, device)
-    steered, _ = steer(logits, hidden, batch)
+    steered = steer(logits, hidden, batch)
     assert torch.equal(steered, logits)
 
 

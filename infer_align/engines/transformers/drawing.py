@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from infer_align.decoding.device import upload
 from infer_align.decoding.sampler import is_truncated, sample, uniforms
 from infer_align.decoding.siblings import ValueCache
-from infer_align.decoding.steering import ValuedCandidates, add_values, steer, value_candidates
+from infer_align.decoding.steering import ValuedCandidates, add_values, value_candidates
 from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.transformers.rows import Row
 from infer_align.values import Value
@@ -80,8 +80,9 @@ def draw_tokens(
         return _draw_fused(logits, hidden, rows, steering, caches)
     if steering is None:
         return Drawn(sample(logits, rows), logits, None)
-    steered, candidates = steer(logits, hidden, steering, caches)
-    return Drawn(sample(steered, rows), steered, candidates)
+    valued = value_candidates(logits, hidden, steering, caches)
+    steered = add_values(logits, hidden, steering, valued, in_place=False)
+    return Drawn(sample(steered, rows), steered, None if valued is None else valued.ids)
 
 
 def _draw_fused(
@@ -96,7 +97,7 @@ def _draw_fused(
     steered = logits
     tokens = [0] * len(rows)
     if ways.two_step:
-        if steering is not None and valued is not None:
+        if steering is not None:
             steered = add_values(logits, hidden, steering, valued, in_place=False)
         chosen = sample(steered[ways.two_step], [rows[i] for i in ways.two_step])
         _place(tokens, ways.two_step, chosen)

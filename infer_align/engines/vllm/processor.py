@@ -240,12 +240,12 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
     ) -> torch.Tensor:
         slots = self._table.lookahead_slots
         if not slots:
-            return steer(logits, hidden, batch, in_place=True)[0]
+            return steer(logits, hidden, batch, in_place=True)
         rows = (
             self._lookahead_rows_v1(slots) if ctx is None else self._lookahead_rows_v2(slots, ctx)
         )
         caches = self._caches.prepare(rows)
-        return steer(logits, hidden, batch, caches, in_place=True)[0]
+        return steer(logits, hidden, batch, caches, in_place=True)
 
     def _lookahead_rows_v1(self, slots: Sequence[LookaheadSlot]) -> list[LookaheadRow]:
         rows: list[LookaheadRow] = []

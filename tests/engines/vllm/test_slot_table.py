@@ -131,7 +131,7 @@ def assert_steered(batch: Any, requests: list[SteeringRequest | None], heads: He
         return
     logits, hidden = random_batch(len(requests))
     target = logits.clone()
-    result, _ = steer(target, hidden, batch, in_place=True)
+    result = steer(target, hidden, batch, in_place=True)
     expected = definition(logits, hidden, requests, heads)
     limited = [row for row, each in enumerate(requests) if each and np.isfinite(each.max_kl)]
     exact = np.delete(np.arange(len(requests)), limited)
@@ -236,7 +236,7 @@ def test_on_a_gpu_nothing_waits_for_the_device(heads: Heads) -> None:
         try:
             batch = table.batch(range(SLOTS))
             assert batch is not None
-            result, _ = steer(target, hidden_on_gpu, batch, in_place=True)
+            result = steer(target, hidden_on_gpu, batch, in_place=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     expected = definition(logits, hidden, requests, heads)

@@ -90,7 +90,7 @@ def test_a_step_has_two_launches_and_few_calls(
         # The first step takes the memory that later steps share.
         steer(frozen.clone(), hidden, batch, in_place=True)
         with CallsOutsideOfLaunches(monkeypatch) as counted:
-            steered, _ = steer(logits, hidden, batch, in_place=True)
+            steered = steer(logits, hidden, batch, in_place=True)
     assert int((steered != frozen).sum()) == ROWS * K
     assert counted.launches == expected.STEERING_LAUNCHES
     assert counted.calls == expected.STEERING_CALLS

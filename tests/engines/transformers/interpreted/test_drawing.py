@@ -96,7 +96,7 @@ def make_steering(rows: list[DrawnRow], heads: list[HeadValue]) -> SteeringBatch
 def draw(rows: Any, heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor) -> Any:
     steering = make_steering(rows, heads)
     drawn = draw_tokens(logits, hidden, rows, steering, {})
-    steered, _ = steer(logits, hidden, steering)
+    steered = steer(logits, hidden, steering)
     return drawn, sample(steered, rows), steered
 
 
@@ -147,7 +147,7 @@ def test_the_tokens_follow_the_distribution(heads: list[HeadValue], kind: int) -
     hidden = torch.randn((1, D), generator=torch.Generator().manual_seed(6))
     many = (logits.repeat(draws, 1), hidden.repeat(draws, 1))
     drawn = draw_tokens(*many, rows, make_steering(rows, heads), {})
-    steered, _ = steer(logits, hidden, make_steering(rows[:1], heads))
+    steered = steer(logits, hidden, make_steering(rows[:1], heads))
     expected = torch.softmax(steered[0].double() / 0.9, dim=0).numpy() * draws
     counts = np.bincount(drawn.tokens, minlength=V)
     # A token has one interval of numbers, at whose ends it may gain or lose one.
