@@ -26,7 +26,7 @@ from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.demo.locate import locate
 from infer_align.engines import App, Engine, Stream
-from infer_align.engines.vllm.body import parse_body
+from infer_align.engines.vllm.body import Bodies
 from infer_align.engines.vllm.estimates import EstimateFetcher
 from infer_align.engines.vllm.labels import count_requests, read_labels
 from infer_align.engines.vllm.running_draw import RunningDraw
@@ -106,6 +106,7 @@ class _Started:
 
     engine: AsyncEngine
     frontend: Frontend
+    bodies: Bodies
     values: EngineValues
     fetcher: EstimateFetcher
     control_tokens: frozenset[str]
@@ -175,7 +176,7 @@ class VllmEngine(Engine):
         self._resources.callback(fetcher.close)
         self._set_capabilities(engine, frontend, values)
         controls = control_tokens(frontend.tokenizer)
-        self._started = _Started(engine, frontend, values, fetcher, controls)
+        self._started = _Started(engine, frontend, Bodies(frontend), values, fetcher, controls)
 
     def _set_capabilities(
         self, engine: AsyncEngine, frontend: Frontend, values: EngineValues
@@ -297,7 +298,7 @@ class VllmEngine(Engine):
             InvalidRequest: vLLM refuses a field or would not read it, or a value does not exist.
         """
         started = self._require_started()
-        started.frontend.check(draw.kind, parse_body(started.frontend, draw))
+        started.bodies.check(draw)
         started.values.check(draw)
 
     def sample(self, draw: Draw) -> Stream:
@@ -308,7 +309,9 @@ class VllmEngine(Engine):
         """
         started = self._require_healthy()
         extra_args = started.values.extra_args(draw.steering) if draw.steering else {}
-        running_draw = RunningDraw(started.frontend, draw, extra_args, started.fetcher)
+        running_draw = RunningDraw(
+            started.frontend, started.bodies, draw, extra_args, started.fetcher
+        )
         self._running.add(running_draw)
         running_draw.on_end(self._running.discard)
         return running_draw.stream

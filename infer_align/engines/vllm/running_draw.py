@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from infer_align.engines import Stream
-from infer_align.engines.vllm.body import parse_body
+from infer_align.engines.vllm.body import Bodies
 from infer_align.engines.vllm.chunks import StreamedChoice, parse_chunks
 from infer_align.engines.vllm.estimates import EstimateFetcher
 from infer_align.engines.vllm.extra_args import EstimateRequest
@@ -42,6 +43,7 @@ class RunningDraw:
     def __init__(
         self,
         frontend: Frontend,
+        bodies: Bodies,
         draw: Draw,
         extra_args: Mapping[str, Any],
         fetcher: EstimateFetcher,
@@ -50,12 +52,14 @@ class RunningDraw:
 
         Args:
             frontend: vLLM's OpenAI layer.
+            bodies: parses the draw's body.
             draw: what to sample.
             extra_args: the steering, for SamplingParams.extra_args of each request.
             fetcher: delivers the estimates if the draw needs any.
         """
         self.stream = Stream(draw.n, self._stop, self.close)
         self._frontend = frontend
+        self._bodies = bodies
         self._draw = draw
         self._fetcher = fetcher
         self._estimates: list[EstimateRequest] = []
@@ -116,7 +120,7 @@ class RunningDraw:
     async def _run(self) -> None:
         draw = self._draw
         try:
-            request = parse_body(self._frontend, draw)
+            request = self._bodies.take(draw)
             if draw.n > 1:
                 # Render the prompt once for all candidates.
                 prompt = await self._frontend.render(draw.kind, request)
@@ -124,6 +128,10 @@ class RunningDraw:
                     call.prompt = prompt
         except AlignError as error:
             self.stream.put(error)
+            return
+        if draw.n == 1:
+            # Without a task of its own, it starts and ends sooner.
+            await self._run_candidate(0, request)
             return
         for index in range(draw.n):
             self._candidates.append(asyncio.create_task(self._run_candidate(index, request)))
@@ -156,7 +164,7 @@ class RunningDraw:
 
     async def _generate(self, index: int, request: BaseModel) -> None:
         draw = self._draw
-        changes: dict[str, Any] = {"request_id": uuid.uuid4().hex}
+        changes: dict[str, Any] = {"request_id": os.urandom(16).hex()}
         if draw.seed_requested:
             changes["seed"] = draw.seeds[index]
         request = request.model_copy(update=changes)
