@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numba import njit
+from numpy.typing import NDArray
 
 from infer_align_kernels.numba_options import COMPILED
 from infer_align_kernels.steer_logits.types import HeadTable, SteeredRows
@@ -273,14 +274,20 @@ def steer_logits(
     logits: torch.Tensor, features: torch.Tensor, heads: HeadTable, rows: SteeredRows
 ) -> torch.Tensor:
     """Steer each row; see `infer_align_kernels.steer_logits`."""
-    out = torch.empty((len(features), rows.k), dtype=torch.int64)
-    vocabulary, stride = logits.shape[1], logits.stride(0)
+    # A call of NumPy takes less time than one of torch.
+    out = np.empty((len(features), rows.k), np.int64)
     if len(features):
-        # Rows may be strided, so the memory of all rows is one array.
-        memory = logits.as_strided(((len(logits) - 1) * stride + vocabulary,), (1,))
-        states = features.contiguous().numpy()
         table, places = heads.packed
-        steer_rows(
-            memory.numpy(), vocabulary, stride, states, table, places, *rows.arrays, out.numpy()
-        )
-    return out
+        memory, vocabulary, stride = _memory_of(logits)
+        states = features.contiguous().numpy()
+        steer_rows(memory, vocabulary, stride, states, table, places, *rows.arrays, out)
+    return torch.from_numpy(out)
+
+
+def _memory_of(logits: torch.Tensor) -> tuple[NDArray[np.float32], int, int]:
+    """Return the memory of all rows as one array, the vocabulary, and the stride of the rows."""
+    rows, vocabulary = logits.shape
+    if logits.is_contiguous():
+        return logits.numpy().reshape(-1), vocabulary, vocabulary
+    stride = logits.stride(0)
+    return logits.as_strided(((rows - 1) * stride + vocabulary,), (1,)).numpy(), vocabulary, stride
