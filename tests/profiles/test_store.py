@@ -356,7 +356,6 @@ def test_another_database_is_refused(text: str) -> None:
     [
         ("sqlite:///p.db", Path("p.db")),
         ("sqlite+aiosqlite:////data/p.db", Path("/data/p.db")),
-        ("sqlite:///p%20q.db", Path("p%20q.db")),
         ("sqlite://", None),
         ("sqlite:///:memory:", None),
         ("sqlite:///file:p.db?mode=ro&uri=true", None),

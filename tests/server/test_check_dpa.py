@@ -62,7 +62,7 @@ def test_the_demo_follows_directions(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_template_without_system_turns_needs_another_placement(
     model: Callable[[str | None], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["check", "dpa", model(WITHOUT_SYSTEM), *SHORT]) == 1
+    assert cli.main(["check", "dpa", model(WITHOUT_SYSTEM), *SHORT]) == 2
     assert 'set [dpa] placement = "user"' in capsys.readouterr().err
 
 

@@ -33,8 +33,9 @@ UNSUPPORTED = {
 STREAM_FIELDS = {"stream": True, "stream_options": {"include_usage": True}}
 # Fields that the check of sampling does not read.
 UNCHECKED = IGNORED | {"messages", "prompt"}
-# The most sets of sampling fields that are remembered as valid.
+# The most sets of sampling fields that are remembered as valid, and the longest text in one.
 MAX_CHECKED = 1000
+MAX_CHARACTERS = 100
 
 
 class Bodies:
@@ -87,12 +88,13 @@ def _is_same(checked: Draw, draw: Draw) -> bool:
 
 
 def _sampling_fields(draw: Draw) -> Hashable | None:
-    """Return what vLLM's check reads; None if it holds lists or objects."""
+    """Return what vLLM's check reads; None if it holds lists, objects or long texts."""
     fields: list[Any] = [draw.kind]
     for name, value in draw.body.items():
         if name in UNCHECKED:
             continue
-        if isinstance(value, list | dict):
+        is_long = isinstance(value, str) and len(value) > MAX_CHARACTERS
+        if is_long or isinstance(value, list | dict):
             return None
         # The type counts: 1 equals True.
         fields.append((name, type(value), value))

@@ -42,8 +42,8 @@ def power_of_two(exponent):
 def split(x):
     """Split the rows of a float32 tensor: x = scale * (high + low), with parts in float16.
 
-    Both parts together hold as many bits of the fraction as float32. The scale is a power of two
-    per row, because float16 has a small range.
+    Both parts together hold the fraction of a float32 number, or all of it but its last bit. The
+    scale is a power of two per row, because float16 has a small range.
     """
     # Of a number and NaN, this returns the number.
     largest = tl.max(tl.maximum(tl.abs(x), 0.0), axis=1).to(tl.int32, bitcast=True)

@@ -95,6 +95,12 @@ def test_equal_sampling_is_checked_once(bodies: Bodies, frontend: CountedFronten
     assert frontend.calls.count("check") == 2
 
 
+def test_a_long_text_is_not_kept(bodies: Bodies, frontend: CountedFrontend) -> None:
+    for _ in range(2):
+        bodies.check(draw_of(stop="x" * 1000))
+    assert frontend.calls.count("check") == 2
+
+
 @pytest.mark.parametrize(
     "refuse",
     [
