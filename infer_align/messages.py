@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import dropwhile
 from typing import Any, TypeAlias
 
 Message: TypeAlias = Mapping[str, Any]
@@ -31,7 +32,7 @@ SYSTEM_PROBE: tuple[Message, ...] = (
     {"role": "system", "content": SYSTEM_MARK},
     {"role": "user", "content": "x"},
 )
-# Put between two turns that become one.
+# Put between two turns that become one, and between a client's text and one of ours.
 _BREAK = "\n\n"
 
 
@@ -78,26 +79,44 @@ def part_text(part: object) -> str | None:
 def prepend_text(text: str, content: object) -> str | list[Any]:
     """Return the content of a message, text or a list of parts, after a text of its own.
 
-    It joins a text part: vLLM would set a part of its own apart by one more line break.
+    It joins a text part: vLLM would set a part of its own apart by one more line break. Empty text
+    parts that would stand beside it are left out, so that they need no break, as "" needs none.
     """
     if not isinstance(content, list):
-        return f"{text}\n\n{content}" if content else text
-    if not any(map(_is_text, content[:1])):
-        return [{"type": "text", "text": f"{text}\n\n"}, *content]
-    return [{**content[0], "text": f"{text}\n\n{content[0]['text']}"}, *content[1:]]
+        return f"{text}{_BREAK}{content}" if content else text
+    parts = list(dropwhile(_is_empty, content))
+    if not parts:
+        return [{"type": "text", "text": text}]
+    field = _text_field(parts[0])
+    if field is None:
+        return [{"type": "text", "text": f"{text}{_BREAK}"}, *parts]
+    return [{**parts[0], field: f"{text}{_BREAK}{parts[0][field]}"}, *parts[1:]]
 
 
 def append_text(content: object, text: str) -> str | list[Any]:
     """Return the content of a message before a text of its own; see `prepend_text`."""
     if not isinstance(content, list):
-        return f"{content}\n\n{text}" if content else text
-    if not any(map(_is_text, content[-1:])):
-        return [*content, {"type": "text", "text": f"\n\n{text}"}]
-    return [*content[:-1], {**content[-1], "text": f"{content[-1]['text']}\n\n{text}"}]
+        return f"{content}{_BREAK}{text}" if content else text
+    parts = list(dropwhile(_is_empty, reversed(content)))[::-1]
+    if not parts:
+        return [{"type": "text", "text": text}]
+    field = _text_field(parts[-1])
+    if field is None:
+        return [*parts, {"type": "text", "text": f"{_BREAK}{text}"}]
+    return [*parts[:-1], {**parts[-1], field: f"{parts[-1][field]}{_BREAK}{text}"}]
 
 
-def _is_text(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and bool(part.get("text"))
+def _text_field(part: Any) -> str | None:
+    """Return the field that holds the text of a part; None for a part without text."""
+    if not isinstance(part, Mapping) or part.get("type") not in _TEXT_PARTS:
+        return None
+    field = _TEXT_PARTS[part["type"]]
+    return field if isinstance(part.get(field), str) else None
+
+
+def _is_empty(part: Any) -> bool:
+    field = _text_field(part)
+    return field is not None and not part[field]
 
 
 def with_instruction(

@@ -25,6 +25,7 @@ from infer_align.types import Candidate
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 PARTS = [{"type": "text", "text": "Look: "}, IMAGE, {"type": "text", "text": "nice"}]
+REFUSAL = {"type": "refusal", "refusal": "no"}
 QUESTION = {"role": "user", "content": "Weather?"}
 
 
@@ -41,8 +42,12 @@ def calling(*calls: dict, content: object = None) -> dict:
     return {"role": "assistant", "content": content, "tool_calls": list(calls)}
 
 
+def typed(kind: str, text: str) -> dict[str, str]:
+    return {"type": kind, "text": text}
+
+
 def part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
+    return typed("text", text)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,25 @@ def part(text: str) -> dict[str, str]:
             [{**part("new\n\nold"), "cache_control": {}}],
             [{**part("old\n\nnew"), "cache_control": {}}],
         ),
-        ([], [part("new\n\n")], [part("\n\nnew")]),
+        # Every type of part that holds text is joined, in its own field.
+        (
+            [typed("input_text", "a")],
+            [typed("input_text", "new\n\na")],
+            [typed("input_text", "a\n\nnew")],
+        ),
+        (
+            [typed("output_text", "a")],
+            [typed("output_text", "new\n\na")],
+            [typed("output_text", "a\n\nnew")],
+        ),
+        ([REFUSAL], [{**REFUSAL, "refusal": "new\n\nno"}], [{**REFUSAL, "refusal": "no\n\nnew"}]),
+        # What is empty needs no break, as "" needs none.
+        ([], [part("new")], [part("new")]),
+        ([part("")], [part("new")], [part("new")]),
+        ([typed("input_text", ""), part("")], [part("new")], [part("new")]),
+        ([part(""), part("a")], [part("new\n\na")], [part(""), part("a\n\nnew")]),
+        ([part("a"), part("")], [part("new\n\na"), part("")], [part("a\n\nnew")]),
+        ([IMAGE, part("")], [part("new\n\n"), IMAGE, part("")], [IMAGE, part("\n\nnew")]),
         ([IMAGE], [part("new\n\n"), IMAGE], [IMAGE, part("\n\nnew")]),
         (PARTS, [part("new\n\nLook: "), *PARTS[1:]], [*PARTS[:2], part("nice\n\nnew")]),
     ],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -212,5 +213,5 @@ def save_member(base: ClassifierBase, model: Any, folder: Path) -> None:
         with _quiet_transformers():
             model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out: {str(folder)!r} cannot be written: {error}") from error

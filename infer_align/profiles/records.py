@@ -41,3 +41,4 @@ class Addition:
 
     profile: StoredProfile
     added: int  # number of choices that were not stored before
+    choices: tuple[StoredChoice, ...]  # those that were sent, as they are stored

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, RowMapping, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -22,6 +23,7 @@ from infer_align.profiles.schema import CHOICES, PROFILES
 
 # The latest choices of a profile that are read. Older ones stay in the store.
 MAX_READ = 1000
+_Key: TypeAlias = tuple[str | None, str, str, str]
 
 
 class ProfileStore:
@@ -55,9 +57,10 @@ class ProfileStore:
     ) -> Addition:
         """Add choices to a profile, which is made if it does not exist.
 
-        It is stored when this returns. A choice that is stored already is not added again: the same
-        answers to the same messages, for one request id. So a client may send it again if the
-        answer was lost.
+        It is stored when this returns. A choice among the latest `MAX_READ` is not added again: the
+        same answers to the same messages, for one request id. So a client may send it again if the
+        answer was lost. What is stored stays as it is, even if a reward now scores what it could
+        not score then.
 
         Args:
             owner: whose profile it is.
@@ -67,7 +70,7 @@ class ProfileStore:
             weights: replace those of the profile; None leaves them.
 
         Returns:
-            The profile as it is then, and the number of choices that were new.
+            The profile as it is then, the sent choices as they are stored, and how many were new.
 
         Raises:
             StoreFailed: nothing was stored.
@@ -83,21 +86,21 @@ class ProfileStore:
         updating = statement.on_conflict_do_update(index_elements=["owner", "id"], set_=changes)
         upsert = updating.returning(*PROFILES.c)
 
-        def write(connection: Connection) -> tuple[RowMapping, CachedChoices, int]:
+        def write(connection: Connection) -> tuple[RowMapping, CachedChoices, _Sent]:
             row = connection.execute(upsert).mappings().one()
             # No one adds to the profile meanwhile, so what is not there now is new.
             cached = self._read_choices(connection, row)
-            new = _without_stored(choices, cached.choices)
-            if new:
-                rows = [_choice_row(owner, profile_id, choice) for choice in new]
+            sent = _compared(choices, cached.choices)
+            if sent.new:
+                rows = [_choice_row(owner, profile_id, choice) for choice in sent.new]
                 connection.execute(CHOICES.insert(), rows)
                 cached = _with_later_choices(connection, row, cached)
-            return row, cached, len(new)
+            return row, cached, sent
 
-        row, cached, added = await self._database.run(write, writes=True)
+        row, cached, sent = await self._database.run(write, writes=True)
         # Only now: a transaction that failed has left nothing to cache.
         self._cache.put(owner, profile_id, cached)
-        return Addition(_stored_profile(row, cached), added)
+        return Addition(_stored_profile(row, cached), len(sent.new), (*sent.known, *sent.new))
 
     async def get(self, owner: str, profile_id: str) -> StoredProfile | None:
         """Return a profile with its latest choices; None if the owner has none of this name.
@@ -187,15 +190,34 @@ def _with_later_choices(
     return cached.extended(rows[0]["number"], choices, total, MAX_READ)
 
 
-def _without_stored(
-    choices: Sequence[StoredChoice], stored: Sequence[StoredChoice]
-) -> list[StoredChoice]:
-    """Return the choices that are not stored yet. One without a request id is always new."""
-    keys = {_key(choice) for choice in stored if choice.request_id}
-    return [choice for choice in choices if _key(choice) not in keys]
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """The choices of a feedback, each one once."""
+
+    new: Sequence[StoredChoice]
+    known: Sequence[StoredChoice]  # as they were stored before
 
 
-def _key(choice: StoredChoice) -> tuple[str | None, str, str, str]:
+def _compared(choices: Sequence[StoredChoice], stored: Sequence[StoredChoice]) -> _Sent:
+    """Tell new choices from those that are stored. One without a request id is always new."""
+    earlier = {_key(choice): choice for choice in stored if choice.request_id}
+    new: list[StoredChoice] = []
+    known: list[StoredChoice] = []
+    seen: set[_Key] = set()
+    for choice in choices:
+        key = _key(choice)
+        if key in seen:
+            continue
+        if key in earlier:
+            known.append(earlier[key])
+        else:
+            new.append(choice)
+        if choice.request_id:
+            seen.add(key)
+    return _Sent(new, known)
+
+
+def _key(choice: StoredChoice) -> _Key:
     """Return what is equal in a choice that is sent again."""
     return (choice.request_id, choice.messages_hash, choice.chosen_hash, choice.rejected_hash)
 

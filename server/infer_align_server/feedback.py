@@ -210,7 +210,7 @@ async def score_pairs(
 
 
 def failed_rewards(features: Sequence[str], choices: Sequence[StoredChoice]) -> dict[str, int]:
-    """Return {reward: number of choices that it could not score}, without those of 0."""
+    """Return {reward: number of stored choices without its score}, without those of 0."""
     failed: dict[str, int] = {}
     for feature in features:
         count = sum(feature not in choice.differences for choice in choices)

@@ -74,7 +74,7 @@ async def feedback(
         "object": "align.feedback",
         "profile": sent.profile,
         "added": addition.added,
-        "failed": failed_rewards(service.personaliser.feedback_features(), choices),
+        "failed": failed_rewards(service.personaliser.feedback_features(), addition.choices),
         **knowledge(service.personaliser, addition.profile),
     }
 

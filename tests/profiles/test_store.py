@@ -153,6 +153,43 @@ def test_a_choice_that_is_sent_again_counts_once(store_url: str) -> None:
     assert numbers(run(store_url, work)) == [1.0] * 4
 
 
+def test_equal_choices_of_one_feedback_count_once(store_url: str) -> None:
+    async def work(store: ProfileStore):
+        sent = [choice(1.0), choice(2.0), choice(1.0)]
+        return [await store.add("ann", "u", sent) for _ in range(2)]
+
+    first, again = run(store_url, work)
+    assert (first.added, first.profile.total) == (2, 2)
+    assert (again.added, again.profile.total) == (0, 2)
+    assert list(again.choices) == list(again.profile.choices)
+
+
+def test_a_choice_that_is_sent_again_is_returned_as_it_is_stored(store_url: str) -> None:
+    unscored = replace(choice(1.0), differences={})
+
+    async def work(store: ProfileStore):
+        await store.add("ann", "u", [unscored])
+        return await store.add("ann", "u", [choice(1.0), choice(2.0)])
+
+    again = run(store_url, work)
+    assert again.added == 1
+    assert [stored.differences for stored in again.choices] == [{}, {"brief": 2.0}]
+    assert [stored.differences for stored in again.profile.choices] == [{}, {"brief": 2.0}]
+
+
+def test_a_choice_is_compared_with_the_latest_ones_alone(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "MAX_READ", 3)
+
+    async def work(store: ProfileStore):
+        await store.add("ann", "u", [choice(float(i)) for i in range(4)])
+        again = [await store.add("ann", "u", [choice(number)]) for number in (1.0, 0.0)]
+        return [each.added for each in again]
+
+    assert run(store_url, work) == [0, 1]
+
+
 def test_a_choice_that_is_sent_to_many_replicas_at_once_counts_once(store_url: str) -> None:
     async def scenario():
         replicas = [ProfileStore(store_url) for _ in range(3)]

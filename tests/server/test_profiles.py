@@ -330,6 +330,29 @@ def test_feedback_says_which_rewards_could_not_score_it(keeping: Any, tmp_path: 
     assert (answer.json()["added"], answer.json()["choices"]) == (1, 2)
 
 
+def test_equal_candidates_of_a_request_are_one_choice(keeping: Any) -> None:
+    live = keeping()
+    answers = ["candidate 1", "candidate 9", "candidate 9"]
+    body = {"profile": "u17", "request_id": "r1", **CHOICE, "candidates": answers}
+    first, again = send(live, body).json(), send(live, body).json()
+    assert (first["added"], again["added"]) == (1, 0)
+    assert first["choices"] == again["choices"] == 1
+
+
+def test_feedback_that_is_sent_again_says_what_the_stored_choice_lacks(
+    keeping: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = keeping()
+    body = {"profile": "u17", "request_id": "r1", **CHOICE}
+    with monkeypatch.context() as patch:
+        reward = live.service.rewards["number"]
+        patch.setattr(reward, "_function", None)
+        first = send(live, body).json()
+    again = send(live, body).json()
+    assert (first["added"], again["added"]) == (1, 0)
+    assert first["failed"] == again["failed"] == {"number": 1}
+
+
 @pytest.mark.slow
 def test_many_clients_at_once_lose_nothing(keeping: Any) -> None:
     live = keeping()
