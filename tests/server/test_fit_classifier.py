@@ -133,6 +133,22 @@ def test_a_base_that_lacks_weights_is_refused(
     assert f"has no weights for {name}" in printed
 
 
+def test_a_member_that_cannot_be_written_is_refused(
+    folder: Path, reward_model: Callable[..., str]
+) -> None:
+    from transformers import BertForSequenceClassification
+
+    from infer_align.errors import ConfigError
+    from infer_align.fitting.classifier_base import load_base, save_member
+
+    name = reward_model("Bert")
+    base = load_base(name, [], 24)
+    model = BertForSequenceClassification.from_pretrained(name)
+    (folder / "member" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"--out: .*member' cannot be written"):
+        save_member(base, model, folder / "member")
+
+
 @pytest.mark.slow
 def test_an_interrupted_fit_goes_on_and_ends_with_the_same_weights(folder: Path) -> None:
     from infer_align.fitting.classifier_fit import ClassifierFit, fit_classifiers
