@@ -132,16 +132,22 @@ BOB = {"authorization": "Bearer bob"}
 
 @pytest.fixture
 def keeping(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`keeping(store_text=False)`: a server that keeps profiles in a new file."""
+    """`keeping(store_text=False)`: a server that keeps profiles in a new file.
+
+    `number` is the function of `tests.server.scorers` behind the reward of this name.
+    """
     pytest.importorskip("sqlalchemy")
     pytest.importorskip("alembic")
     monkeypatch.setenv("PROFILE_TEST_KEYS", "ann,bob")
     running: list[Live] = []
 
-    def keep(*, store_text: bool = False, name: str = "profiles.db") -> Live:
+    def keep(
+        *, store_text: bool = False, name: str = "profiles.db", number: str = "number"
+    ) -> Live:
         text = STORED.replace("STORE", str(tmp_path / name)).replace(
             "TEXT", str(store_text).lower()
         )
+        text = text.replace("scorers:number", f"scorers:{number}")
         path = tmp_path / "infer-align.toml"
         path.write_text(text, encoding="utf-8")
         running.append(start(configuration.load(path)))
@@ -339,16 +345,10 @@ def test_equal_candidates_of_a_request_are_one_choice(keeping: Any) -> None:
     assert first["choices"] == again["choices"] == 1
 
 
-def test_feedback_that_is_sent_again_says_what_the_stored_choice_lacks(
-    keeping: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live = keeping()
+def test_feedback_that_is_sent_again_says_what_the_stored_choice_lacks(keeping: Any) -> None:
     body = {"profile": "u17", "request_id": "r1", **CHOICE}
-    with monkeypatch.context() as patch:
-        reward = live.service.rewards["number"]
-        patch.setattr(reward, "_function", None)
-        first = send(live, body).json()
-    again = send(live, body).json()
+    first = send(keeping(number="fails"), body).json()
+    again = send(keeping(), body).json()
     assert (first["added"], again["added"]) == (1, 0)
     assert first["failed"] == again["failed"] == {"number": 1}
 
