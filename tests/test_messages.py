@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
+from infer_align.added_text import append_text, prepend_text
 from infer_align.messages import (
-    append_text,
     calls_as_text,
     message_text,
     normalize,
-    prepend_text,
     render,
     text_of,
     text_with_placeholders,

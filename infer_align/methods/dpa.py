@@ -16,8 +16,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from infer_align.added_text import prepend_text
 from infer_align.errors import InvalidRequest, nearest, quote
-from infer_align.messages import prepend_text
 from infer_align.methods import PlanDraft, Stage
 from infer_align.types import Body, Capability, Direction, Draw, Messages
 

@@ -31,8 +31,8 @@ from annotated_types import Ge, Le, Len
 from numpy.typing import ArrayLike
 from pydantic import AfterValidator, Field
 
+from infer_align.added_text import with_instruction
 from infer_align.errors import InvalidRequest, nearest
-from infer_align.messages import with_instruction
 from infer_align.methods import PlanDraft, Stage
 from infer_align.steering import Contrast, Guidance
 from infer_align.types import Array, Body, Capability, Draw

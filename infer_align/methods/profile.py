@@ -18,8 +18,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import Field
 
+from infer_align.added_text import with_instruction
 from infer_align.errors import InvalidRequest
-from infer_align.messages import transcript, with_instruction
+from infer_align.messages import transcript
 from infer_align.methods import PlanDraft, Stage
 from infer_align.types import Body, Capability, Draw
 

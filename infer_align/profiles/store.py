@@ -100,7 +100,7 @@ class ProfileStore:
         row, cached, sent = await self._database.run(write, writes=True)
         # Only now: a transaction that failed has left nothing to cache.
         self._cache.put(owner, profile_id, cached)
-        return Addition(_stored_profile(row, cached), len(sent.new), (*sent.known, *sent.new))
+        return Addition(_stored_profile(row, cached), len(sent.new), (*sent.earlier, *sent.new))
 
     async def get(self, owner: str, profile_id: str) -> StoredProfile | None:
         """Return a profile with its latest choices; None if the owner has none of this name.
@@ -195,26 +195,26 @@ class _Sent:
     """The choices of a feedback, each one once."""
 
     new: Sequence[StoredChoice]
-    known: Sequence[StoredChoice]  # as they were stored before
+    earlier: Sequence[StoredChoice]  # as they were stored before
 
 
 def _compared(choices: Sequence[StoredChoice], stored: Sequence[StoredChoice]) -> _Sent:
     """Tell new choices from those that are stored. One without a request id is always new."""
-    earlier = {_key(choice): choice for choice in stored if choice.request_id}
+    by_key = {_key(choice): choice for choice in stored if choice.request_id}
     new: list[StoredChoice] = []
-    known: list[StoredChoice] = []
-    seen: set[_Key] = set()
+    earlier: list[StoredChoice] = []
+    keys: set[_Key] = set()
     for choice in choices:
         key = _key(choice)
-        if key in seen:
+        if key in keys:
             continue
-        if key in earlier:
-            known.append(earlier[key])
+        if key in by_key:
+            earlier.append(by_key[key])
         else:
             new.append(choice)
         if choice.request_id:
-            seen.add(key)
-    return _Sent(new, known)
+            keys.add(key)
+    return _Sent(new, earlier)
 
 
 def _key(choice: StoredChoice) -> _Key:

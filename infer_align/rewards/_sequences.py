@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from infer_align.added_text import with_instruction
 from infer_align.decoding.sequences import SequenceQuery
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unsupported, nearest
-from infer_align.messages import message_text, with_instruction
+from infer_align.messages import message_text
 from infer_align.rewards import Reward, RewardScores
 from infer_align.types import (
     Array,

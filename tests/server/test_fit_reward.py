@@ -149,7 +149,6 @@ def test_bad_lines_are_counted_and_reported(
         (["--profiles"], "[profiles] store: is not set"),
         (["pairs.jsonl", "--features", "answer,x"], "--features: 'answer,x' is not allowed"),
         (["pairs.jsonl", "--encoder", "./none"], "'./none' cannot be loaded"),
-        (["pairs.jsonl", "--out", "one.jsonl/r.safetensors"], "cannot be written"),
         (["pairs.jsonl", "--encoder", "package:nothing/m.zip"], "'nothing' is not installed"),
         (["pairs.jsonl", "--layer", "9"], "has the layers 1 to 2"),
         (["pairs.jsonl", "--out", "."], "--out: '.' is a folder"),
