@@ -102,7 +102,7 @@ class Admission:
         except TimeoutError:
             self._withdraw(waiter)
             raise DeadlineExceeded(
-                f"The request was not admitted within its {deadline_seconds} s; allow more time."
+                f"The request was not admitted within its {deadline_seconds:g} s; allow more time."
             ) from None
         except BaseException:
             self._withdraw(waiter)
@@ -139,15 +139,18 @@ class Admission:
         if len(self._queues.get(caller, ())) + 1 >= len(longest):
             raise self._overloaded()
         newest = longest[-1]
+        refusal = self._overloaded()
         self._dequeue(newest)
         if not newest.admitted.done():
-            newest.admitted.set_exception(self._overloaded())
+            newest.admitted.set_exception(refusal)
 
     def _overloaded(self) -> Overloaded:
         turns = (self.queued + 1) / self._limits.max_running
+        running = "1 request is" if self.running == 1 else f"{self.running} requests are"
+        waiting = "1 is" if self.queued == 1 else f"{self.queued} are"
         return Overloaded(
-            f"{self.running} requests are {self._stage} and {self.queued} are waiting, the limit "
-            "of this server; try again later.",
+            f"{running} {self._stage} and {waiting} waiting, the limit of this server; try again "
+            "later.",
             retry_after=max(1.0, turns * self._mean_seconds),
             code="queue_full",
         )

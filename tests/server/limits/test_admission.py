@@ -96,6 +96,42 @@ def test_each_caller_keeps_its_order_when_requests_leave(
         assert of_caller == sorted(of_caller)
 
 
+@pytest.mark.parametrize(
+    ("running", "waiting", "message"),
+    [
+        (1, 0, "1 request is running and 0 are waiting, the limit of this server"),
+        (1, 1, "1 request is running and 1 is waiting,"),
+        (2, 1, "2 requests are running and 1 is waiting,"),
+        (2, 3, "2 requests are running and 3 are waiting,"),
+    ],
+)
+def test_a_refusal_says_what_runs_and_what_waits(running: int, waiting: int, message: str) -> None:
+    async def scenario() -> None:
+        limits = configuration.Limits(max_running=running, max_queue=waiting)
+        admission = Admission(limits)
+        gate = asyncio.Event()
+
+        async def one(caller: str) -> None:
+            async with admission.admit(1, caller=caller):
+                await gate.wait()
+
+        tasks = [asyncio.create_task(one("flood")) for _ in range(running + waiting)]
+        await asyncio.sleep(0)
+        refused = [one("flood")]
+        if waiting > 1:
+            # A request of another caller takes the place of one that waits.
+            tasks.append(asyncio.create_task(one("other")))
+            refused.append(tasks.pop(running + waiting - 1))
+        for each in refused:
+            with pytest.raises(Overloaded) as caught:
+                await each
+            assert caught.value.message.startswith(message)
+        gate.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+
+
 def test_a_flood_does_not_starve_another_caller() -> None:
     flood = [("flood", 100)] * 500
     order = asyncio.run(served([*flood, ("quiet", 100), ("quiet", 100)]))
