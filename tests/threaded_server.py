@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
 # The longest time to wait for the start or the end, shorter than the timeout of one test.
 LIMIT_SECONDS = 100
+T = TypeVar("T")
 
 
 class ThreadedServer(uvicorn.Server):
@@ -34,6 +37,10 @@ class ThreadedServer(uvicorn.Server):
     def tasks(self) -> set[asyncio.Task[Any]]:
         """Return the tasks that have not ended."""
         return asyncio.all_tasks(self._loop)
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin some work in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def begin_end(self) -> None:
         """Make the server end soon."""

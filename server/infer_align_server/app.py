@@ -154,6 +154,7 @@ class RequestLog:
         trace.set(calls)
         watched.set(connection_of(scope))
         status = 0
+        self._service.open_requests += 1
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -172,6 +173,7 @@ class RequestLog:
             if not status:
                 await error_response(failure)(scope, receive, send_with_id)
         finally:
+            self._service.open_requests -= 1
             if calls.upstream_ids:
                 fields["upstream_request_ids"] = calls.upstream_ids
             self._record(scope, status or CLIENT_LEFT, fields, monotonic() - start)

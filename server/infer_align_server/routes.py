@@ -43,7 +43,6 @@ from infer_align_server.forwarding import (
     route_request,
     waiting_time,
 )
-from infer_align_server.limits.client_timeout import with_client_deadline
 from infer_align_server.model_choice import ModelChoice, refuse_preset
 from infer_align_server.openapi import changing_facts, document
 from infer_align_server.service import Service
@@ -84,18 +83,19 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     if _is_plain(body, model) and service.forwarder is not None:
         return _forwarded_completion(http, kind, content, body, model, caller)
     streaming = stream_options(body)
-    planning = service.plan(body, kind, model, owner_of(http), caller)
+    timeout = waiting_time(service, http)
+    # A stream sets no deadline: each chunk and each comment starts the client's clock again.
+    patience = None if streaming else timeout
+    planning = service.plan(body, kind, model, owner_of(http), caller, patience)
     plans = await until_client_leaves(http.receive, planning)
     head = {
         "id": f"{OBJECTS[kind].id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": model.name,
     }
-    timeout = waiting_time(service, http)
     if streaming:
         stream = EventStream(service, plans, head, streaming, caller, timeout)
         return await stream.open(http)
-    plans = [with_client_deadline(plan, timeout) for plan in plans]
     responses = await until_client_leaves(http.receive, answer_all(service, plans, caller=caller))
     return json_response(completion_json(responses, head))
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from time import monotonic, time
 from typing import Any
 
@@ -35,7 +36,7 @@ from infer_align_server.defaults import (
 from infer_align_server.engine_roles import Forwards, ServesApplication
 from infer_align_server.limits.api_keys import ApiKeys, Caller
 from infer_align_server.limits.caller_limits import make_caller_limits
-from infer_align_server.limits.client_timeout import shorten_deadline
+from infer_align_server.limits.client_timeout import client_deadline, shorten_deadline
 from infer_align_server.limits.key_file import KeyFile, Scope
 from infer_align_server.limits.preparing import Preparing
 from infer_align_server.limits.token_budget import charged
@@ -66,6 +67,7 @@ class Service:
         failure: The reason why loading failed.
         warnings: Sentences about the configuration for the person who starts the server.
         document: The OpenAPI document, from its first use until it changes.
+        open_requests: The number of HTTP requests that have arrived and are not finished.
         start_time: The Unix time in seconds at which the server started, with all of its workers.
 
     Raises:
@@ -108,6 +110,7 @@ class Service:
         self.failure: str | None = None
         self.warnings: list[str] = []
         self.document: bytes | None = None
+        self.open_requests = 0
         self._loading = ""
         self._draining = False
         self.metrics.watch_admission(self.admission, self.preparing)
@@ -141,12 +144,12 @@ class Service:
             log.info("ready", extra={"model": self.model})
 
     async def close(self) -> None:
-        """Wait for running requests, at most `drain_seconds`, then close everything."""
+        """Wait for open requests, at most `drain_seconds`, then close everything."""
         self.drain()
         deadline = monotonic() + self.config.server.drain_seconds
-        while (self.admission.running or self.preparing.running) and monotonic() < deadline:
+        while self.open_requests and monotonic() < deadline:
             await asyncio.sleep(0.05)
-        log.info("drain ended", extra={"running_requests": self.admission.running})
+        log.info("drain ended", extra={"running_requests": self.open_requests})
         for reward in self.rewards.values():
             await reward.close()
         for engine in self.engines.values():
@@ -177,7 +180,7 @@ class Service:
     def drain(self) -> None:
         """Let /ready fail from now on; requests that have arrived are finished."""
         if not self._draining:
-            log.info("drain started", extra={"running_requests": self.admission.running})
+            log.info("drain started", extra={"running_requests": self.open_requests})
         self._draining = True
 
     # --- Readiness, API keys and models ---
@@ -302,6 +305,7 @@ class Service:
         model: ModelChoice,
         owner: str = "",
         caller: str = "",
+        client_timeout: float | None = None,
     ) -> list[Plan]:
         """Parse a request and plan it, with one plan for each of its prompts.
 
@@ -311,6 +315,7 @@ class Service:
             model: The model and the preset that the body names.
             owner: The owner of the stored profile that the request may name.
             caller: The name of the caller, in whose queue the request waits.
+            client_timeout: The seconds that the client waits, if that is a deadline.
 
         Raises:
             InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
@@ -323,13 +328,15 @@ class Service:
         bodies = split_prompts(resolved, kind)
         check_prompt_count(len(bodies), self.config.limits)
         parsed = [parse_request(each, kind, self.config.presets, model.preset) for each in bodies]
-        deadline = parsed[0].align.budget.deadline_seconds
+        deadline = client_deadline(parsed[0].align.budget.deadline_seconds, client_timeout)
         waited = await self.preparing.prepare(resolved, kind, caller, deadline)
         requests = [await self.personalise(request, owner) for request in parsed]
         with stage("plan"):
             plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])
         check_together(plans, self.config.limits)
         describe(methods=list(plans[0].methods))
+        if deadline is not None:
+            plans = [replace(plan, deadline_seconds=deadline) for plan in plans]
         return [shorten_deadline(plan, waited) for plan in plans] if waited else plans
 
     async def personalise(self, request: Request, owner: str) -> Request:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from infer_align import config as configuration
 from infer_align.engines.fake import Fake, FakeEngine
 from infer_align.errors import ConfigError
 from infer_align_server.app import create_app
-from tests.server.conftest import end, start
+from tests.server.conftest import LIMIT_SECONDS, end, start
 
 FAKE = '[engine]\nkind = "fake"\n'
 # The reward waits for the event `hold`, so a selection runs until the test sets it.
@@ -219,6 +220,34 @@ def test_ready_reports_loading_serving_and_draining() -> None:
         assert live.get("/health").status_code == 200
     finally:
         engine.may_load.set()
+        end(live)
+
+
+def test_the_drain_waits_for_a_request_that_is_planned(
+    config_file: Callable[[str], Path], hold: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "infer_align")
+    live = start(configuration.load(config_file(HANGING)))
+    # The scores of the choice are a part of the plan, and the reward waits for `hold`.
+    choice = {"chosen": "one 2", "rejected": "one 1"}
+    align = {**BEST_OF_TWO, "profile": {"choices": [choice]}}
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(live.chat, align)
+            assert live.until(lambda: live.service.open_requests == 1)
+            closing = live.server.begin(live.service.close())
+            # The end of the drain would be logged in the first round of the loop.
+            live.server.begin(asyncio.sleep(0)).result(LIMIT_SECONDS)
+            assert "drain started" in caplog.text
+            assert "drain ended" not in caplog.text
+            assert live.service.admission.running == live.service.preparing.running == 0
+            hold.set()
+            assert answer.result(LIMIT_SECONDS).status_code == 200
+        closing.result(LIMIT_SECONDS)
+        assert "drain ended" in caplog.text
+        assert live.service.open_requests == 0
+    finally:
+        hold.set()
         end(live)
 
 

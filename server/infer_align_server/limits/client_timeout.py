@@ -42,19 +42,18 @@ def shortly_before(timeout: float) -> float:
     return timeout - min(RESERVED_SHARE * timeout, MAX_RESERVED_SECONDS)
 
 
-def with_client_deadline(plan: Plan, timeout: float | None) -> Plan:
-    """Return the plan with a deadline shortly before the client's timeout.
+def client_deadline(deadline_seconds: float | None, timeout: float | None) -> float | None:
+    """Return the deadline of a request: its own, or else shortly before the client's timeout.
 
-    A deadline in the request itself takes precedence. Do not use this for streams: each chunk and
-    each comment starts the client's clock again.
+    Do not use this for streams: each chunk and each comment starts the client's clock again.
 
     Args:
-        plan: The plan.
+        deadline_seconds: The deadline that the request itself sets; None for none.
         timeout: The client's timeout in seconds; None for none.
     """
-    if timeout is None or plan.deadline_seconds is not None:
-        return plan
-    return replace(plan, deadline_seconds=shortly_before(timeout))
+    if timeout is None or deadline_seconds is not None:
+        return deadline_seconds
+    return shortly_before(timeout)
 
 
 def shorten_deadline(plan: Plan, waited_seconds: float) -> Plan:
@@ -68,6 +67,6 @@ def shorten_deadline(plan: Plan, waited_seconds: float) -> Plan:
     remaining = plan.deadline_seconds - waited_seconds
     if remaining <= 0:
         raise DeadlineExceeded(
-            f"The request was not admitted within its {plan.deadline_seconds} s; allow more time."
+            f"The request was not admitted within its {plan.deadline_seconds:g} s; allow more time."
         )
     return replace(plan, deadline_seconds=remaining)

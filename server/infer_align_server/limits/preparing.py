@@ -52,12 +52,16 @@ class Preparing:
         if self._engine.is_prepared(body, kind):
             return 0.0
         start = monotonic()
+        clock = asyncio.timeout(deadline_seconds)
         try:
-            async with asyncio.timeout(deadline_seconds), self._queue.admit(1, caller=caller):
+            async with clock, self._queue.admit(1, caller=caller):
                 await self._engine.prepare(body, kind)
         except TimeoutError:
+            if not clock.expired():
+                # It is a failure of the engine itself.
+                raise
             raise DeadlineExceeded(
-                f"The grammars of the request were not compiled within its {deadline_seconds} s; "
+                f"The grammars of the request were not compiled within its {deadline_seconds:g} s; "
                 "allow more time."
             ) from None
         return monotonic() - start
